@@ -143,8 +143,8 @@ class AtariEnv(gym.Env):
         vars(self).update({name: state[name] for name in ("lives", "game_over", "episode_return", "episode_length")})
         self.frames.flat, self.stack.flat = np.frombuffer(state["frames"], np.uint8), np.frombuffer(state["stack"], np.uint8)
         self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
-        for noops in (30, 0):  # the ALE state lacks the last sticky action and part of the video chip: after 30 no-ops they are the
-            self.ale.restoreState(ale_py.ALEState(state["ale"]))  # same in the restored game and in the one that went on
+        for noops in (30, 0):  # the ALE state lacks the last sticky action and part of the video chip; no-ops make them the same
+            self.ale.restoreState(ale_py.ALEState(state["ale"]))  # in the game that is restored and in the one that goes on
             for _ in range(noops):
                 self.ale.act(self.action_set[0])
 
@@ -172,7 +172,7 @@ class AtariWorker(gym.Env):
         """options: {"seed": int for all workers, "games": None or the states of all games of all workers}"""
         self.envs += [self.make_env() for _ in range(self.num_games - len(self.envs))]
         for i, env in enumerate(self.envs):
-            stream = np.random.SeedSequence([options["seed"], self.first_game + i])  # another for each game, also of the next seed
+            stream = np.random.SeedSequence([options["seed"], self.first_game + i])  # distinct for all seeds and games
             self.obs[i], _ = env.reset(seed=int(stream.generate_state(1, np.uint64)[0]))
             if options["games"]:
                 env.set_state(options["games"][self.first_game + i])
@@ -482,7 +482,7 @@ def train(args, env_class=AtariEnv):
                 logged_step, spent = global_step, Counter()
             if checkpoint_due:
                 checkpoint = {"args": asdict(args) | {"resume": None}, "global_step": global_step, "games": games}
-                checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint |= {"script": SCRIPT, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
                 checkpoint |= {"recent_scores": [*recent_scores], "rng": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
                 writer.flush()
                 save_checkpoint(run_dir / "checkpoint.pt", checkpoint)

@@ -1,0 +1,47 @@
+"""What all tests share. Everything is tested through the scripts' own functions and command lines; SCRIPTS lists the scripts."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["paac_atari"]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# A run of a few seconds: 4 games, 2 workers, a few updates of 4 x 5 steps.
+SMALL = ["--num-envs", "4", "--num-workers", "2", "--log-interval", "40", "--env-id", "PongNoFrameskip-v4"]
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each script as a module."""
+    return importlib.import_module(request.param)
+
+
+def command(script, *args):
+    return [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, args)]
+
+
+def run(cmd, cwd, timeout=180, **kwargs):
+    """Run a command to its end in `cwd`, as a user would, with nothing of this repository on the path."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(list(map(str, cmd)), cwd=cwd, timeout=timeout, env=env, capture_output=True, text=True, **kwargs)
+
+
+def only_run(folder):
+    """The one run folder below `folder`."""
+    (run_dir,) = Path(folder).glob("runs/*")
+    return run_dir
+
+
+def scalars(run_dir, tag):
+    """[(step, value)] of a TensorBoard tag, as TensorBoard shows them: after a resume, without what was logged twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []

@@ -1,0 +1,77 @@
+"""Small games with AtariEnv's interface, for tests that need to know all about the game."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Catch:
+    """A ball falls 11 rows; the paddle below moves left, stays or moves right by one of 12 columns. +1 caught, -1 missed."""
+
+    def __init__(self, env_id, frame_skip, terminal_on_life_loss):
+        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.action_space = gym.spaces.Discrete(3)
+        self.stack = np.zeros((4, 84, 84), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.generator = np.random.default_rng(seed)
+        self.row, self.ball, self.paddle = 0, int(self.generator.integers(12)), 6
+        self.game_over, self.episode_return, self.episode_length = False, 0.0, 0
+        self.stack[:] = self.draw()
+        return self.stack.copy(), {}
+
+    def draw(self):
+        frame = np.zeros((84, 84), np.uint8)
+        frame[7 * self.row : 7 * self.row + 7, 7 * self.ball : 7 * self.ball + 7] = 255
+        frame[77:, 7 * self.paddle : 7 * self.paddle + 7] = 128
+        return frame
+
+    def step(self, action):
+        self.row += 1
+        self.paddle = min(max(self.paddle + int(action) - 1, 0), 11)
+        self.game_over = self.row == 11
+        reward = (1.0 if self.ball == self.paddle else -1.0) if self.game_over else 0.0
+        self.episode_return += reward
+        self.episode_length += 1
+        self.stack[:3] = self.stack[1:]
+        self.stack[3] = self.draw()
+        return self.stack.copy(), reward, self.game_over, False, {}
+
+    def get_state(self):
+        return {}
+
+
+class Scripted:
+    """Shows what it is: all pixels are the number of observations shown so far, so that a learner's values can be told apart.
+
+    Game number n (in order of creation) ends after 3 + n steps, by a time limit where n is odd; the reward is 3 for action 1 and
+    -0.5 for action 0, which tells that the action reached its game, and that rewards are clipped.
+    """
+
+    created = 0
+
+    def __init__(self, env_id, frame_skip, terminal_on_life_loss):
+        self.number, self.shown = Scripted.created, 0
+        Scripted.created += 1
+        self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def show(self):
+        self.shown += 1
+        self.stack = np.full((4, 84, 84), self.shown, np.uint8)
+        return self.stack.copy()
+
+    def reset(self, *, seed=None, options=None):
+        self.game_over, self.episode_return, self.episode_length = False, 0.0, 0
+        return self.show(), {}
+
+    def step(self, action):
+        reward = 3.0 if action == 1 else -0.5
+        self.episode_return += reward
+        self.episode_length += 1
+        self.game_over = self.episode_length == 3 + self.number
+        truncated = self.game_over and self.number % 2 == 1
+        return self.show(), reward, self.game_over and not truncated, truncated, {}
+
+    def get_state(self):
+        return {}

@@ -1,0 +1,163 @@
+"""AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each for itself."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import SMALL
+from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+
+# Screens of 210, 210, 250, 214 and 210 lines; the v5 ones with sticky actions.
+GAMES = ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "ALE/JourneyEscape-v5", "ALE/Carnival-v5", "ALE/Qbert-v5"]
+
+
+@pytest.mark.parametrize("life_loss", [False, True])
+@pytest.mark.parametrize("env_id", GAMES)
+def test_equals_gymnasium_preprocessing(script, env_id, life_loss):
+    ours = script.AtariEnv(env_id, 4, life_loss)
+    preprocessed = AtariPreprocessing(gym.make(env_id, frameskip=1), terminal_on_life_loss=life_loss)
+    theirs = FrameStackObservation(preprocessed, 4)
+    actions = np.random.default_rng(0)
+    np.testing.assert_array_equal(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])
+    for step in range(2500):
+        action = int(actions.integers(ours.action_space.n))
+        obs, *outcome, _ = ours.step(action)
+        their_obs, *their_outcome, _ = theirs.step(action)
+        np.testing.assert_array_equal(obs, their_obs, f"step {step}")
+        assert outcome == their_outcome, f"step {step}"
+        if outcome[1] or outcome[2]:
+            np.testing.assert_array_equal(ours.reset()[0], theirs.reset()[0])
+
+
+def test_passes_the_env_checker(script):
+    env = script.AtariEnv("PongNoFrameskip-v4", render_mode="rgb_array")
+    check_env(env, skip_render_check=True)
+    assert env.render().shape == (210, 160, 3)
+
+
+@pytest.mark.parametrize("env_id, sticky", [("PongNoFrameskip-v4", 0.0), ("ALE/Pong-v5", 0.25)])
+def test_sticky_actions_follow_the_id(script, env_id, sticky):
+    env = script.AtariEnv(env_id)
+    assert env.ale.getFloat("repeat_action_probability") == pytest.approx(sticky)
+
+    def play(seed):
+        env.reset(seed=seed)
+        actions = np.random.default_rng(0).integers(env.action_space.n, size=300)
+        return np.stack([env.step(action)[0] for action in actions])
+
+    starts = {}
+    for seed in range(40):  # of two seeds with equally many no-ops, only the sticky actions can differ
+        env.reset(seed=seed)
+        starts.setdefault(env.ale.getEpisodeFrameNumber(), []).append(seed)
+    one, two = next(seeds for seeds in starts.values() if len(seeds) > 1)[:2]
+    np.testing.assert_array_equal(play(one), play(one))
+    assert (play(one) == play(two)).all() == (sticky == 0)
+
+
+def test_life_loss_does_not_restart_the_game(script):
+    env = script.AtariEnv("BreakoutNoFrameskip-v4", terminal_on_life_loss=True)
+    env.reset(seed=1)
+    generator, lives, frames, score = np.random.default_rng(0), [env.ale.lives()], 0, 0.0
+    while not env.game_over:
+        _, reward, terminated, _, _ = env.step(generator.integers(4))
+        score += reward
+        assert env.ale.getEpisodeFrameNumber() > frames
+        frames = env.ale.getEpisodeFrameNumber()
+        assert terminated == (env.ale.lives() < lives[-1])
+        lives += [env.ale.lives()] if terminated else []
+    assert lives == [5, 4, 3, 2, 1, 0]
+    assert env.episode_return == score  # of all lives
+
+
+def test_time_limit_is_a_truncation(script):
+    env = script.AtariEnv("PongNoFrameskip-v4")
+    env.ale.setInt("max_num_frames_per_episode", 402)  # 402 falls inside a repeat of 4
+    env.reset(seed=3)
+    outcomes = []
+    while not env.game_over:
+        outcomes.append(env.step(0)[2:4])
+    assert outcomes[-1] == (False, True)
+    assert set(outcomes[:-1]) == {(False, False)}
+    assert env.ale.getEpisodeFrameNumber() == 402
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "QbertNoFrameskip-v4", "ALE/Breakout-v5", "ALE/Seaquest-v5"])
+def test_restored_game_goes_on_exactly(script, env_id):
+    live, restored = script.AtariEnv(env_id, 4, True), script.AtariEnv(env_id, 4, True)
+    live.reset(seed=1)
+    restored.reset(seed=2)
+    actions = np.random.default_rng(0)
+    for _ in range(8):  # at different moments
+        for _ in range(int(actions.integers(20, 60))):
+            live.step(actions.integers(live.action_space.n))
+            if live.game_over:
+                live.reset()
+        restored.set_state(live.get_state())
+        for step in range(150):
+            action = actions.integers(live.action_space.n)
+            (obs, *outcome), (other_obs, *other_outcome) = live.step(action), restored.step(action)
+            np.testing.assert_array_equal(obs, other_obs, f"step {step}")
+            assert outcome == other_outcome
+            assert (live.episode_return, live.episode_length) == (restored.episode_return, restored.episode_length)
+            if live.game_over:
+                np.testing.assert_array_equal(live.reset()[0], restored.reset()[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_play_the_same_as_single_games(script, num_workers):
+    """Each game gets its own action once per step, restarts by itself, and shows up in its own place."""
+    args = script.parse_args([*SMALL, "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
+    envs = script.make_envs(args)
+    obs, _ = envs.reset(options={"seed": 7, "games": None})
+    singles = [script.AtariEnv(args.env_id, 4, True) for _ in range(4)]
+    for game, env in enumerate(singles):
+        seed = int(np.random.SeedSequence([7, game]).generate_state(1, np.uint64)[0])
+        np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], env.reset(seed=seed)[0])
+    generator, scores = np.random.default_rng(0), []
+    for _ in range(400):
+        actions = generator.integers(4, size=4)
+        envs.step_async(actions.reshape(envs.action_space.shape))
+        obs, rewards, terminations, truncations, info = envs.step_wait(60)
+        assert info == {}
+        for game, env in enumerate(singles):
+            single_obs, reward, terminated, truncated, _ = env.step(actions[game])
+            assert (reward, terminated, truncated) == (rewards.flat[game], terminations.flat[game], truncations.flat[game])
+            if env.game_over:
+                scores.append((env.episode_return, env.episode_length))
+                single_obs, _ = env.reset()
+            np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], single_obs)
+    envs.call_async("report", False)
+    episodes = [episode for report in envs.call_wait(60) for episode in report[0]]
+    script.close_envs(envs)
+    assert len(scores) >= 4
+    assert sorted(episodes) == sorted(scores)
+
+
+def test_generators_are_distinct(script):
+    """No two games of any worker share their random numbers, and neither do neighbouring seeds."""
+    streams, args = [], script.parse_args([*SMALL, "--num-envs", "8", "--num-workers", "0"])
+    for seed in (1, 2, 3):
+        for first_game in (0, 8):
+            worker = script.make_envs(args, first_game=first_game)
+            worker.reset(options={"seed": seed, "games": None})
+            streams += [tuple(env.atari.np_random.integers(0, 2**62, 4)) for env in worker.envs]
+    assert len(set(streams)) == len(streams) == 48
+
+
+def all_games():
+    import ale_py  # noqa: F401
+
+    ids = [spec.id for spec in gym.registry.values() if spec.entry_point == "ale_py.env:AtariEnv"]
+    return [i for i in ids if i.startswith("ALE/")], [i for i in ids if i.endswith("NoFrameskip-v4")]
+
+
+def test_all_games_start_and_step(script):
+    v5, noframeskip = all_games()
+    assert (len(v5), len(noframeskip)) == (104, 62)
+    for env_id in v5 + noframeskip:
+        env = script.AtariEnv(env_id)
+        obs, _ = env.reset(seed=0)
+        for action in range(env.action_space.n):
+            obs, _, terminated, truncated, _ = env.step(action)
+        assert obs.shape == (4, 84, 84) and obs.dtype == np.uint8
+        assert not terminated and not truncated, env_id

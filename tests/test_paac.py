@@ -1,0 +1,192 @@
+"""PAAC: returns, loss, gradients and optimiser against numbers worked out by hand or by an independent reference."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from games import Scripted
+
+import paac_atari
+
+# One game over five steps: rewards, what ends where, what follows the last step, and the returns worked out by hand (gamma 0.5).
+NOTHING, TERMINATED, TRUNCATED = 0, 1, 2
+HAND_COMPUTED = {
+    "goes on": ([1, 0, 0, 2, 0], [0, 0, 0, 0, 0], 8.0, [1.5, 1.0, 2.0, 4.0, 4.0]),
+    "terminates": ([1, 0, 4, 2, 0], [0, 0, TERMINATED, 0, 0], 8.0, [2.0, 2.0, 4.0, 4.0, 4.0]),  # also a lost life
+    "is truncated": ([1, 0, 4, 2, 0], [0, 0, TRUNCATED, 0, 0], 8.0, [7.0, 12.0, 24.0, 4.0, 4.0]),  # V(final observation) = 40
+    "terminates at the last step": ([0, 0, 0, 0, 1], [0, 0, 0, 0, TERMINATED], 8.0, [0.0625, 0.125, 0.25, 0.5, 1.0]),
+    "is truncated at the last step": ([0, 0, 0, 0, 1], [0, 0, 0, 0, TRUNCATED], 8.0, [1.3125, 2.625, 5.25, 10.5, 21.0]),
+    "ends twice": ([0, 1, 0, 1, 0], [0, TERMINATED, 0, TRUNCATED, 0], 8.0, [0.5, 1.0, 10.5, 21.0, 4.0]),
+}
+
+
+def returns_of(rewards, ends, next_value, final_value=40.0, gamma=0.5):
+    ends = torch.tensor(ends)
+    final_values = torch.where(ends == TRUNCATED, final_value, -1e6)  # where nothing was truncated it must not matter
+    return paac_atari.compute_returns(
+        torch.tensor(rewards, dtype=torch.float32), ends == TERMINATED, ends == TRUNCATED, final_values, next_value, gamma
+    )
+
+
+@pytest.mark.parametrize("case", HAND_COMPUTED)
+def test_returns_by_hand(case):
+    rewards, ends, next_value, expected = HAND_COMPUTED[case]
+    returns = returns_of([[r] for r in rewards], [[e] for e in ends], torch.tensor([next_value]))
+    assert returns.squeeze(1).tolist() == expected
+
+
+def test_terminated_and_truncated_at_once_is_terminated():
+    yes = torch.tensor([[True]])
+    returns = paac_atari.compute_returns(torch.ones(1, 1), yes, yes, torch.full((1, 1), 9.0), torch.tensor([9.0]), 0.99)
+    assert returns.item() == 1.0
+
+
+def test_returns_against_their_definition():
+    """Against the sum of discounted rewards up to the end of the episode or rollout, each written out forwards."""
+    generator = np.random.default_rng(0)
+    num_steps, num_envs, gamma = 20, 50, 0.97
+    rewards = generator.normal(size=(num_steps, num_envs))
+    ends = generator.choice([NOTHING, TERMINATED, TRUNCATED], p=[0.8, 0.1, 0.1], size=(num_steps, num_envs))
+    final_values, next_value = generator.normal(size=(num_steps, num_envs)), generator.normal(size=num_envs)
+    expected = np.zeros((num_steps, num_envs))
+    for start in range(num_steps):
+        for game in range(num_envs):
+            for t in range(start, num_steps):
+                expected[start, game] += gamma ** (t - start) * rewards[t, game]
+                if ends[t, game] == TRUNCATED:
+                    expected[start, game] += gamma ** (t - start + 1) * final_values[t, game]
+                if ends[t, game] != NOTHING:
+                    break
+            else:
+                expected[start, game] += gamma ** (num_steps - start) * next_value[game]
+    inputs = (rewards, ends == TERMINATED, ends == TRUNCATED, final_values, next_value)
+    returns = paac_atari.compute_returns(*map(torch.from_numpy, inputs), gamma)
+    np.testing.assert_allclose(returns.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_loss_and_gradient_without_autograd():
+    """Against the formulas with the derivatives of softmax, entropy and square written out."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 8, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    values = torch.randn(5, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    actions = torch.randint(6, (5, 8), generator=generator)
+    returns = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    loss, policy_loss, value_loss, entropy = paac_atari.compute_loss(logits, values, actions, returns, 0.02, 0.3)
+    loss.backward()
+
+    z, v, r, a = logits.detach().numpy(), values.detach().numpy(), returns.numpy(), actions.numpy()
+    p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    h = -(p * np.log(p)).sum(-1)
+    chosen = np.eye(6)[a]
+    expected_policy_loss = np.mean(-np.log((p * chosen).sum(-1)) * (r - v))
+    np.testing.assert_allclose(policy_loss.item(), expected_policy_loss, rtol=1e-10)
+    np.testing.assert_allclose(value_loss.item(), np.mean((r - v) ** 2), rtol=1e-10)
+    np.testing.assert_allclose(entropy.item(), np.mean(h), rtol=1e-10)
+    np.testing.assert_allclose(loss.item(), expected_policy_loss - 0.02 * np.mean(h) + 0.3 * np.mean((r - v) ** 2), rtol=1e-10)
+    grad_policy = (p - chosen) * (r - v)[..., None]  # d/dz of -log p(a) times the advantage, a constant
+    grad_entropy = -p * (np.log(p) + h[..., None])  # dH/dz
+    np.testing.assert_allclose(logits.grad.numpy(), (grad_policy - 0.02 * grad_entropy) / 40, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(values.grad.numpy(), 0.3 * 2 * (v - r) / 40, rtol=1e-10)
+
+
+def test_rmsprop_by_hand():
+    """mean square 1 -> 0.9 * 1 + 0.1 * 4 = 1.3 -> 0.9 * 1.3 + 0.1 * 1 = 1.27; epsilon 0.14, then 0.17 inside the root."""
+    weight = torch.nn.Parameter(torch.tensor([10.0], dtype=torch.float64))
+    optimizer = paac_atari.RMSpropTF([weight], lr=0.6, alpha=0.9, eps=0.14)
+    weight.grad = torch.tensor([2.0], dtype=torch.float64)
+    optimizer.step()
+    assert weight.item() == pytest.approx(10 - 0.6 * 2 / 1.2, rel=1e-12)  # sqrt(1.3 + 0.14) = 1.2
+    weight.grad = torch.tensor([-1.0], dtype=torch.float64)
+    optimizer.param_groups[0]["eps"] = 0.42
+    optimizer.step()
+    assert weight.item() == pytest.approx(9 + 0.6 / 1.3, rel=1e-12)  # sqrt(1.27 + 0.42) = 1.3
+
+
+@pytest.mark.parametrize(
+    "arch, sizes", [("nips", [4112, 8224, 663808, 1542, 257]), ("nature", [8224, 32832, 36928, 1606144, 3078, 513])]
+)
+def test_network(arch, sizes):
+    """Layers of the papers; the initial policy is nearly uniform; uint8 in any grouping of the games."""
+    torch.manual_seed(0)
+    agent = paac_atari.Agent(6, arch)
+    layers = [m for m in agent.modules() if hasattr(m, "weight")]
+    assert [layer.weight.numel() + layer.bias.numel() for layer in layers] == sizes
+    obs = torch.randint(256, (2, 3, 4, 84, 84), dtype=torch.uint8)
+    logits, values = agent(obs)
+    assert logits.shape == (6, 6) and values.shape == (6,)
+    assert (logits.softmax(-1) - 1 / 6).abs().max() < 0.01
+    for game in range(6):  # each alone gives what it gave in the batch
+        alone, _ = agent(obs.flatten(0, 1)[game : game + 1])
+        torch.testing.assert_close(alone[0], logits[game], rtol=1e-4, atol=1e-6)
+
+
+def test_network_init_of_the_paper():
+    torch.manual_seed(0)
+    for layer in paac_atari.Agent(6, "nips", init="uniform").modules():
+        if hasattr(layer, "weight"):
+            bound = layer.weight[0].numel() ** -0.5
+            for p in (layer.weight, layer.bias):
+                assert p.abs().max() <= bound
+            assert layer.weight.abs().max() > 0.97 * bound or layer.weight.numel() < 1000
+            assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+class Reader(torch.nn.Module):
+    """In the network's place: the value of an observation is the number Scripted wrote on it; both actions are equally likely."""
+
+    def __init__(self, *args):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, obs):
+        value = obs.flatten(0, -4)[:, 3, 0, 0].float() * self.weight
+        return torch.zeros(len(value), 2) * self.weight, value
+
+
+@pytest.mark.parametrize("num_steps", [4, 5])
+def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path, num_steps):
+    """Every value belongs to the observation acted on, every reward to its action, the bootstrap to the observation after
+    the last step and, at a time limit, to the game's last one. Scripted's observations are numbered, so all of it is known."""
+    rollouts = []
+
+    def compute_returns(*inputs):
+        rollouts.append([x.clone() if torch.is_tensor(x) else x for x in inputs])
+        return paac_compute_returns(*inputs)
+
+    def compute_loss(logits, values, actions, returns, *coefficients):
+        rollouts[-1] += [values.detach().clone(), actions.clone(), returns.clone()]
+        return paac_compute_loss(logits, values, actions, returns, *coefficients)
+
+    paac_compute_returns, paac_compute_loss = paac_atari.compute_returns, paac_atari.compute_loss
+    monkeypatch.setattr(paac_atari, "compute_returns", compute_returns)
+    monkeypatch.setattr(paac_atari, "compute_loss", compute_loss)
+    monkeypatch.setattr(paac_atari, "Agent", Reader)
+    monkeypatch.setattr(Scripted, "created", 0)
+    monkeypatch.chdir(tmp_path)
+    args = paac_atari.parse_args(
+        [*SMALL, "--num-workers", "0", "--num-steps", str(num_steps), "--total-timesteps", "240", "--learning-rate", "0"]
+    )
+    paac_atari.train(args, Scripted)
+
+    assert len(rollouts) == -(-240 // (4 * num_steps))
+    shown, played = np.ones(4), np.zeros(4, int)  # the number on the current observation; steps in the current episode
+    for rewards, terminations, truncations, final_values, next_value, gamma, values, actions, returns in rollouts:
+        assert gamma == 0.99
+        expected = []
+        for t in range(num_steps):
+            np.testing.assert_array_equal(values[t], shown)
+            np.testing.assert_array_equal(rewards[t], np.where(actions[t] == 1, 1.0, -0.5))  # 3 was clipped to 1
+            shown, played = shown + 1, played + 1
+            over = played == 3 + np.arange(4)
+            np.testing.assert_array_equal(terminations[t], over & (np.arange(4) % 2 == 0))
+            np.testing.assert_array_equal(truncations[t], over & (np.arange(4) % 2 == 1))
+            np.testing.assert_array_equal(final_values[t][truncations[t]], shown[truncations[t]])
+            expected.append((over, shown.copy()))
+            shown, played = shown + over, np.where(over, 0, played)  # the new game's first observation
+        np.testing.assert_array_equal(next_value, shown)
+        after = shown
+        for t in reversed(range(num_steps)):
+            over, last_shown = expected[t]
+            after = np.where(over, np.where(np.arange(4) % 2 == 1, last_shown, 0), after)
+            after = rewards[t].numpy() + 0.99 * after
+            np.testing.assert_allclose(returns[t], after, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,155 @@
+"""Play whole games with a trained checkpoint: raw scores, 1 to 30 no-ops at the start, a lost life ends nothing.
+
+    python utils/evaluate.py runs/NAME                                  # 30 games, actions sampled from the policy
+    python utils/evaluate.py trained/pong.pt --greedy --json pong.json  # the likeliest action; scores to a file
+    python utils/evaluate.py trained/pong.pt --video pong.mp4           # also record a game (.mp4 or .gif)
+
+The games run in parallel on the script's own workers. Each slot plays the same fixed number of games: taking whichever games end
+first would favour short ones. Human and random scores: atari_human_random.csv, from DeepMind's dqn_zoo (no-op starts).
+"""
+
+import csv
+import importlib
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+
+UTILS = Path(__file__).resolve().parent
+sys.path.insert(0, str(UTILS.parent))
+
+
+@dataclass
+class Args:
+    checkpoint: Annotated[str, tyro.conf.Positional]  # run folder or checkpoint file
+    episodes: int = 30  # whole games
+    num_envs: int = 10  # played in parallel
+    num_workers: int = 2  # processes that the games are split over
+    greedy: bool = False  # the likeliest action instead of a sampled one
+    seed: int = 1_000_000  # of games and actions; far from those of training
+    cuda: bool = True  # use the GPU where there is one
+    json: str | None = None  # file for the scores
+    video: str | None = None  # record one more game: a name ending in .mp4 or .gif
+    video_seconds: float = 60.0  # length of the video at most, at the game's own speed
+
+
+def load_agent(path, device):
+    """The script's module, the run's arguments (for whole games) and a function (observations, greedy) -> actions."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    script = importlib.import_module(checkpoint["script"])
+    args = replace(script.Args(**checkpoint["args"]), terminal_on_life_loss=False)
+    state = {name: weight.float() for name, weight in checkpoint["agent"].items()}
+    num_actions = len(state["policy.bias"])
+    agent = script.Agent(num_actions, args.arch, args.init, args.bf16).to(device)
+    agent.load_state_dict(state)
+
+    @torch.no_grad()
+    def act(obs, greedy):
+        logits, _ = agent(torch.as_tensor(obs, device=device))
+        actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+        return actions.cpu().numpy()
+
+    return script, args, checkpoint["global_step"], act
+
+
+def play(envs, act, greedy, seed, num_envs, games_per_slot, timeout):
+    """Scores and lengths (agent steps) of the first `games_per_slot` games of each of the `num_envs` slots."""
+    episodes = [[] for _ in range(num_envs)]
+    scores, lengths = np.zeros(num_envs), np.zeros(num_envs, int)
+    obs, _ = envs.reset(options={"seed": seed, "games": None})
+    while min(map(len, episodes)) < games_per_slot:
+        envs.step_async(act(obs, greedy).reshape(envs.action_space.shape))
+        obs, rewards, terminations, truncations, _ = envs.step_wait(timeout)
+        scores += rewards.flat
+        lengths += 1
+        for slot in np.flatnonzero(terminations | truncations):
+            if len(episodes[slot]) < games_per_slot:
+                episodes[slot].append((scores[slot], lengths[slot]))
+            scores[slot] = lengths[slot] = 0
+    return zip(*(episode for slot in episodes for episode in slot))
+
+
+def record(env, act, greedy, seed, path, seconds):
+    """Write a video of one game, or its first `seconds`, with one frame per agent step."""
+    fps, frames, score = 60 / env.frame_skip, [], 0.0
+    obs, _ = env.reset(seed=seed)
+    while not env.game_over and len(frames) < seconds * fps:
+        frames.append(env.render().copy())
+        obs, reward, *_ = env.step(act(obs, greedy)[0])
+        score += reward
+    if path.suffix == ".gif":
+        first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
+        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    else:
+        height, width, _ = frames[0].shape
+        video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (2 * width, 2 * height))
+        for frame in frames:
+            frame = cv2.resize(frame, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
+            video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        video.release()
+    print(f"{path}: {len(frames) / fps:.0f} s, score {score:g}{'' if env.game_over else ' so far'}")
+
+
+def human_normalised(env_id, score):
+    """100 * (score - random) / (human - random), or None for games without a published human score."""
+    with open(UTILS / "atari_human_random.csv", newline="") as file:
+        table = {row["game"]: row for row in csv.DictReader(file)}
+    row = table.get(gym.spec(env_id).kwargs["game"])
+    return row and 100 * (score - float(row["random"])) / (float(row["human"]) - float(row["random"]))
+
+
+def evaluate(args):
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    script, run_args, global_step, act = load_agent(args.checkpoint, device)
+    games_per_slot = -(-args.episodes // args.num_envs)
+    envs = script.make_envs(replace(run_args, num_envs=args.num_envs, num_workers=args.num_workers))
+    scores, lengths = play(envs, act, args.greedy, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
+    script.close_envs(envs)
+    result = {
+        "checkpoint": str(args.checkpoint),
+        "env_id": run_args.env_id,
+        "script": script.__name__,
+        "global_step": global_step,
+        "policy": "greedy" if args.greedy else "sampled",
+        "seed": args.seed,
+        "episodes": len(scores),
+        "mean": float(np.mean(scores)),
+        "median": float(np.median(scores)),
+        "standard_error": float(np.std(scores, ddof=1) / len(scores) ** 0.5) if len(scores) > 1 else None,
+        "human_normalised_percent": human_normalised(run_args.env_id, np.mean(scores)),
+        "scores": list(map(float, scores)),
+        "lengths": list(map(int, lengths)),
+    }
+    print(f"{run_args.env_id}, {script.__name__} after {global_step:,} steps, {result['policy']} actions, {len(scores)} games:")
+    error, human = result["standard_error"], result["human_normalised_percent"]
+    print(
+        f"score {result['mean']:.2f}"
+        + (f" +- {error:.2f} (standard error)" if error is not None else "")
+        + f", median {result['median']:g}, lowest {min(scores):g}, highest {max(scores):g}"
+        + (f"; {human:.0f} % of a human's" if human is not None else "")
+    )
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    if args.video:
+        env = script.AtariEnv(run_args.env_id, run_args.frame_skip, render_mode="rgb_array")
+        record(env, act, args.greedy, args.seed, Path(args.video), args.video_seconds)
+    return result
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    if args.num_workers and args.num_envs % args.num_workers:
+        sys.exit(f"--num-envs {args.num_envs} is not a multiple of --num-workers {args.num_workers}")
+    if args.video and Path(args.video).suffix not in (".mp4", ".gif"):
+        sys.exit(f"--video {args.video}: the name must end in .mp4 or .gif")
+    evaluate(args)

@@ -1,0 +1,92 @@
+"""Learning curves of any number of runs as one figure: a panel per game, a line per algorithm, mean and spread over seeds.
+
+    python utils/plot.py runs/Pong*                                    # all runs of a game, x in agent steps
+    python utils/plot.py runs/* --x hours --out curves.png --csv curves.csv
+    python utils/plot.py runs/A runs/B --labels "default" "paper"      # one line per label, in the order of the runs
+
+Runs of the same game and the same label (or, without labels, the same --exp-name) are seeds of one line: it shows their mean, the
+shade lies between the lowest and the highest of them. A point is the mean score of the games that ended since the point before;
+--smooth averages over that many points.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+@dataclass
+class Args:
+    runs: Annotated[list[str], tyro.conf.Positional]  # run folders
+    x: Literal["steps", "frames", "hours"] = "steps"  # agent steps, emulator frames (4 per step) or hours of training
+    tag: str = "charts/episodic_return"  # any TensorBoard tag
+    smooth: int = 20  # points to average over
+    labels: list[str] | None = None  # one per run
+    out: str = "curves.png"  # the figure
+    csv: str | None = None  # file for the smoothed curve of each run
+
+
+def read_run(run_dir, tag, x, smooth):
+    """x and smoothed values of a run; what was logged twice around a crash counts once."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    if tag not in events.Tags()["scalars"]:
+        sys.exit(f"{run_dir} has no {tag}: has a game ended yet?")
+    points = events.Scalars(tag)
+    steps, values = np.array([p.step for p in points], float), np.array([p.value for p in points])
+    speed = events.Scalars("charts/SPS")  # of each interval: summing up time leaves out pauses between stop and resume
+    logged = np.array([p.step for p in speed], float)
+    hours = np.cumsum(np.diff(logged, prepend=0) / [p.value for p in speed]) / 3600
+    smooth = min(smooth, len(values))
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    window = np.minimum(np.arange(1, len(values) + 1), smooth)
+    ends = np.arange(1, len(values) + 1)
+    values = (sums[ends] - sums[ends - window]) / window
+    return {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}[x], values
+
+
+def main(args):
+    if args.labels and len(args.labels) != len(args.runs):
+        sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
+    panels, rows = {}, []
+    for i, run in enumerate(args.runs):
+        env_id, exp_name, seed, _ = Path(run).name.rsplit("__", 3)
+        label = args.labels[i] if args.labels else exp_name
+        curve = read_run(run, args.tag, args.x, args.smooth)
+        panels.setdefault(env_id, {}).setdefault(label, []).append(curve)
+        rows += [(env_id, label, seed, f"{x:g}", f"{y:.4g}") for x, y in zip(*curve)]
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (env_id, lines) in zip(axes[0], panels.items()):
+        for label, curves in lines.items():
+            grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 500)  # where all seeds have points
+            values = np.stack([np.interp(grid, x, y) for x, y in curves])
+            seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
+            (line,) = axis.plot(grid, values.mean(0), label=label + seeds)
+            if len(curves) > 1:
+                axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+        axis.set_title(env_id)
+        axis.set_xlabel({"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}[args.x])
+        axis.set_ylabel("score" if args.tag == "charts/episodic_return" else args.tag)
+        axis.grid(alpha=0.3)
+        axis.legend()
+        if args.x != "hours":
+            axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    figure.savefig(args.out, dpi=120)
+    print(args.out)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            csv.writer(file).writerows([("env_id", "label", "seed", args.x, args.tag), *rows])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
