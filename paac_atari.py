@@ -16,7 +16,7 @@ import atexit
 import difflib
 import io
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -113,9 +113,8 @@ class AtariEnv(gym.Env):
             reward += self.ale.act(self.action_set[action])
             terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
             self.game_over = terminated or truncated
-            if self.terminal_on_life_loss:
-                lives, self.lives = self.lives, self.ale.lives()
-                terminated = terminated or self.lives < lives
+            lives, self.lives = self.lives, self.ale.lives()
+            terminated = terminated or (self.terminal_on_life_loss and self.lives < lives)
             if terminated or truncated:
                 break  # the observation shows the frames of the step before
             if t >= self.frame_skip - 2:
@@ -157,9 +156,7 @@ class AtariWorker(gym.Env):
     """
 
     def __init__(self, make_env, first_game, num_games, learner_pid):
-        if os.getpid() != learner_pid:  # AsyncVectorEnv builds one worker in the learner, too, whose signals are not ours
-            for signum in STOP_SIGNALS:  # terminals and SLURM send them to all processes: the learner decides
-                signal.signal(signum, signal.SIG_IGN)
+        if os.getpid() != learner_pid:  # AsyncVectorEnv also builds one worker in the learner
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the learner dies, die too, without a traceback
         cv2.setNumThreads(0)
         self.make_env, self.first_game, self.num_games = make_env, first_game, num_games
@@ -200,7 +197,7 @@ class AtariWorker(gym.Env):
 class LocalEnvs(AtariWorker):
     """`--num-workers 0`: the only worker is this process, with the part of AsyncVectorEnv's interface that is used."""
 
-    processes = ()
+    processes, closed = (), False
     single_action_space = property(lambda self: self.action_space)
 
     def step_async(self, actions):
@@ -217,8 +214,13 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
         return LocalEnvs(make_env, first_game, args.num_envs, os.getpid())
     k = args.num_envs // args.num_workers
     workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
-    # Not fork: when workers are replaced, torch's threads and CUDA run, and a forked child may deadlock.
+    # Not fork: when workers are replaced, torch's threads and CUDA run, and a forked child may deadlock. The fork server and,
+    # from it, the workers ignore the signals that terminals and SLURM send to all processes: the learner decides.
     multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "ale_py", "cv2", "tyro"])
+    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
+    multiprocessing.forkserver.ensure_running()
+    for signum, handler in zip(STOP_SIGNALS, handlers):
+        signal.signal(signum, handler)
     envs = gym.vector.AsyncVectorEnv(workers, copy=False, context="forkserver", autoreset_mode="Disabled")
     atexit.register(close_envs, envs)
     return envs
@@ -287,8 +289,7 @@ class RMSpropTF(torch.optim.Optimizer):
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """R_t = r_t + gamma R_{t+1}, where R_{t+1} is 0 if step t ended the episode, the value of the final observation if a time
     limit cut it short, and next_value (num_envs,) after the last step. All others: (num_steps, num_envs)"""
-    returns = torch.empty_like(rewards)
-    next_return = next_value
+    returns, next_return = torch.empty_like(rewards), next_value
     for t in reversed(range(len(rewards))):
         next_return = torch.where(truncations[t], final_values[t], next_return)
         returns[t] = next_return = rewards[t] + gamma * torch.where(terminations[t], 0.0, next_return)
@@ -324,10 +325,11 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(run_dir):
     path = Path(run_dir, "checkpoint.pt")
     try:
+        assert path.open("rb").read(2) == b"PK"  # torch.save writes zip files
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing, wherever the file is from
         return checkpoint | {"args": Args(**checkpoint["args"])}
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        fail(f"{path} is missing, damaged or not from {SCRIPT}.py ({type(error).__name__}); is there a checkpoint.prev.pt?")
+    except Exception:  # torch.load raises nearly anything on a damaged file
+        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev.pt?")
 
 
 def fail(message):
@@ -368,7 +370,6 @@ def train(args, env_class=AtariEnv):
         signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, env_class)
     agent = Agent(envs.single_action_space.nvec[0], args.arch, args.init, args.bf16).to(device)
@@ -389,8 +390,7 @@ def train(args, env_class=AtariEnv):
         wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # what came after the checkpoint comes again
     writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
-    place = f"{device} (no GPU found)" if args.cuda and device.type == "cpu" else device
-    print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on {place}", flush=True)
+    print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on the {device}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
     spent, last_time = Counter(), time.perf_counter()
 
@@ -401,21 +401,21 @@ def train(args, env_class=AtariEnv):
         last_time = now
 
     batch_size, failures, logged_step, obs = args.num_envs * args.num_steps, 0, global_step, None
-    while global_step < args.total_timesteps and not stop_signals:
+    is_last = global_step >= args.total_timesteps
+    while not is_last:
         # SCHEDULE
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - global_step / args.total_timesteps)
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
         # ROLLOUT. The graphs of its forward passes are kept and the update goes back through them: the parameters do not change
         # in between, so a second pass over the whole batch would only find the same numbers.
         choices, outcomes, final_values = [], [], torch.zeros(args.num_steps, args.num_envs, device=device)
         try:
-            if obs is None:
+            if obs is None:  # at the start, and after a lost worker
+                envs = make_envs(args, env_class) if envs.closed else envs
                 obs, _ = envs.reset(options={"seed": args.seed + (global_step << 32), "games": games})
             for step in range(args.num_steps):
                 logits, values = agent(torch.as_tensor(obs, device=device))
-                with torch.no_grad():  # a draw from softmax(logits); torch.multinomial would make a GPU wait
-                    actions = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
+                actions = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # ~ softmax(logits)
                 choices.append((logits, values, actions))
                 cpu_actions = actions.cpu().numpy().reshape(envs.action_space.shape)
                 clock("act")
@@ -431,11 +431,11 @@ def train(args, env_class=AtariEnv):
             log_due = checkpoint_due or next_step % args.log_interval < batch_size
             if log_due:
                 envs.call_async("report", checkpoint_due)
-                reports = envs.call_wait(args.step_timeout)
-                episodes, games = ([item for report in reports for item in report[part]] for part in (0, 1))
+                episodes, games = (sum(parts, []) for parts in zip(*envs.call_wait(args.step_timeout)))
         except (EOFError, ConnectionError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
-            print(f"\n{close_envs(envs)}; starting all games anew, without this rollout", file=sys.stderr)
-            envs, obs, games, failures = make_envs(args, env_class), None, None, failures + 1
+            cause, failures, is_last = close_envs(envs) or "a worker died at its start", failures + 1, False
+            obs = games = None
+            print(f"\n{cause}; all games start anew, this rollout is dropped", file=sys.stderr)
             if failures == 3:
                 sys.exit(f"three times without a finished rollout: giving up. From the last checkpoint: --resume {run_dir}")
             continue
@@ -444,8 +444,7 @@ def train(args, env_class=AtariEnv):
         # TARGETS. Everything is (num_steps, num_envs), logits have the actions as third dimension
         logits, values, actions = (torch.stack(x) for x in zip(*choices))
         rewards, terminations, truncations = (torch.as_tensor(np.stack(x), device=device).flatten(1) for x in zip(*outcomes))
-        with torch.no_grad():
-            next_value = agent(torch.as_tensor(obs, device=device))[1]
+        next_value = agent(torch.as_tensor(obs, device=device))[1].detach()
         returns = compute_returns(rewards.float().clamp(-1, 1), terminations, truncations, final_values, next_value, args.gamma)
 
         # LOSS AND STEP
@@ -468,8 +467,7 @@ def train(args, env_class=AtariEnv):
                 speed = (global_step - logged_step) / spent.total()
                 bar.set_postfix_str(score)
                 if bar.disable:
-                    left = (args.total_timesteps - global_step) / speed / 60
-                    print(f"step {global_step:,}  {speed:,.0f} steps/s  {score}  {left:.0f} min left", flush=True)
+                    print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
                 explained_variance = 1 - (returns - values).var() / returns.var()
                 scalars = {"charts/SPS": speed, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
                 scalars |= {f"time/{part}": seconds / spent.total() for part, seconds in spent.items()}
@@ -477,6 +475,7 @@ def train(args, env_class=AtariEnv):
                 scalars |= {"losses/grad_norm": grad_norm, "losses/explained_variance": explained_variance}
                 if episodes:
                     scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+                writer = writer or SummaryWriter(run_dir)
                 for tag, scalar in scalars.items():
                     writer.add_scalar(tag, scalar, global_step)
                 logged_step, spent = global_step, Counter()
@@ -488,9 +487,9 @@ def train(args, env_class=AtariEnv):
                 save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
         except OSError as error:
             print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
+            writer = None  # its thread is dead
 
     bar.close()
-    writer.close()
     close_envs(envs)
     if stop_signals:
         print(f"{signal.Signals(stop_signals[0]).name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")

@@ -5,7 +5,7 @@ import numpy as np
 
 
 class Catch:
-    """A ball falls 11 rows; the paddle below moves left, stays or moves right by one of 12 columns. +1 caught, -1 missed."""
+    """A ball falls 6 rows; the paddle below moves left, stays or moves right by one of 7 columns. +1 caught, -1 missed."""
 
     def __init__(self, env_id, frame_skip, terminal_on_life_loss):
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -15,21 +15,21 @@ class Catch:
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.generator = np.random.default_rng(seed)
-        self.row, self.ball, self.paddle = 0, int(self.generator.integers(12)), 6
+        self.row, self.ball, self.paddle = 0, int(self.generator.integers(7)), 3
         self.game_over, self.episode_return, self.episode_length = False, 0.0, 0
         self.stack[:] = self.draw()
         return self.stack.copy(), {}
 
     def draw(self):
         frame = np.zeros((84, 84), np.uint8)
-        frame[7 * self.row : 7 * self.row + 7, 7 * self.ball : 7 * self.ball + 7] = 255
-        frame[77:, 7 * self.paddle : 7 * self.paddle + 7] = 128
+        frame[12 * self.row : 12 * self.row + 12, 12 * self.ball : 12 * self.ball + 12] = 255
+        frame[72:, 12 * self.paddle : 12 * self.paddle + 12] = 128
         return frame
 
     def step(self, action):
         self.row += 1
-        self.paddle = min(max(self.paddle + int(action) - 1, 0), 11)
-        self.game_over = self.row == 11
+        self.paddle = min(max(self.paddle + int(action) - 1, 0), 6)
+        self.game_over = self.row == 6
         reward = (1.0 if self.ball == self.paddle else -1.0) if self.game_over else 0.0
         self.episode_return += reward
         self.episode_length += 1

@@ -38,19 +38,18 @@ class Args:
     cuda: bool = True  # use the GPU where there is one
     json: str | None = None  # file for the scores
     video: str | None = None  # record one more game: a name ending in .mp4 or .gif
+    export: str | None = None  # write the checkpoint without all that only training needs: under 3 MB for the nips network
     video_seconds: float = 60.0  # length of the video at most, at the game's own speed
 
 
 def load_agent(path, device):
-    """The script's module, the run's arguments (for whole games) and a function (observations, greedy) -> actions."""
+    """The script's module, the run's arguments (for whole games), the checkpoint and a function (obs, greedy) -> actions."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(checkpoint["script"])
     args = replace(script.Args(**checkpoint["args"]), terminal_on_life_loss=False)
-    state = {name: weight.float() for name, weight in checkpoint["agent"].items()}
-    num_actions = len(state["policy.bias"])
-    agent = script.Agent(num_actions, args.arch, args.init, args.bf16).to(device)
-    agent.load_state_dict(state)
+    agent = script.Agent(len(checkpoint["agent"]["policy.bias"]), args.arch, args.init, args.bf16).to(device)
+    agent.load_state_dict(checkpoint["agent"])
 
     @torch.no_grad()
     def act(obs, greedy):
@@ -58,7 +57,7 @@ def load_agent(path, device):
         actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
         return actions.cpu().numpy()
 
-    return script, args, checkpoint["global_step"], act
+    return script, args, checkpoint, act
 
 
 def play(envs, act, greedy, seed, num_envs, games_per_slot, timeout):
@@ -84,7 +83,7 @@ def record(env, act, greedy, seed, path, seconds):
     obs, _ = env.reset(seed=seed)
     while not env.game_over and len(frames) < seconds * fps:
         frames.append(env.render().copy())
-        obs, reward, *_ = env.step(act(obs, greedy)[0])
+        obs, reward, *_ = env.step(act(obs[None], greedy)[0])
         score += reward
     if path.suffix == ".gif":
         first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
@@ -110,7 +109,7 @@ def human_normalised(env_id, score):
 def evaluate(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    script, run_args, global_step, act = load_agent(args.checkpoint, device)
+    script, run_args, checkpoint, act = load_agent(args.checkpoint, device)
     games_per_slot = -(-args.episodes // args.num_envs)
     envs = script.make_envs(replace(run_args, num_envs=args.num_envs, num_workers=args.num_workers))
     scores, lengths = play(envs, act, args.greedy, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
@@ -119,7 +118,7 @@ def evaluate(args):
         "checkpoint": str(args.checkpoint),
         "env_id": run_args.env_id,
         "script": script.__name__,
-        "global_step": global_step,
+        "global_step": checkpoint["global_step"],
         "policy": "greedy" if args.greedy else "sampled",
         "seed": args.seed,
         "episodes": len(scores),
@@ -130,7 +129,9 @@ def evaluate(args):
         "scores": list(map(float, scores)),
         "lengths": list(map(int, lengths)),
     }
-    print(f"{run_args.env_id}, {script.__name__} after {global_step:,} steps, {result['policy']} actions, {len(scores)} games:")
+    print(
+        f"{run_args.env_id}, {script.__name__} after {result['global_step']:,} steps, {result['policy']} actions, {len(scores)} games:"
+    )
     error, human = result["standard_error"], result["human_normalised_percent"]
     print(
         f"score {result['mean']:.2f}"
@@ -140,6 +141,8 @@ def evaluate(args):
     )
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    if args.export:
+        torch.save({key: checkpoint[key] for key in ("script", "args", "global_step", "agent")}, args.export)
     if args.video:
         env = script.AtariEnv(run_args.env_id, run_args.frame_skip, render_mode="rgb_array")
         record(env, act, args.greedy, args.seed, Path(args.video), args.video_seconds)

@@ -1,0 +1,370 @@
+"""Whole runs from the command line: exact resume, signals, bad input and bad luck, learning, and the script copied alone."""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, command, only_run, run, scalars
+
+
+def parents():
+    """{pid: parent pid} of all processes that are not zombies."""
+    table = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rsplit(")", 1)[1].split()[:2]
+        except OSError:
+            continue
+        if state != "Z":
+            table[int(stat.parent.name)] = int(parent)
+    return table
+
+
+def descendants(pid):
+    table = parents()
+    family = {pid}
+    while more := {child for child, parent in table.items() if parent in family} - family:
+        family |= more
+    return family - {pid}
+
+
+def workers(pid):
+    """The worker processes of a run, which are children of its fork server."""
+    family = descendants(pid)
+    table = parents()
+    return sorted(child for child in family if table.get(child) in family)
+
+
+def wait_for(condition, timeout=90):
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+class Run:
+    """A run in the background; its output goes to a file."""
+
+    def __init__(self, script, folder, *args):
+        self.log = Path(folder, "log.txt")
+        with open(self.log, "w") as log:
+            cmd = command(script, *SMALL, *args)
+            self.process = subprocess.Popen(cmd, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        self.pid = self.process.pid
+
+    def wait_for_output(self, text, count=1):
+        wait_for(lambda: self.log.read_text().count(text) >= count or self.process.poll() is not None)
+        assert text in self.log.read_text()
+
+    def wait(self, timeout=90):
+        return self.process.wait(timeout)
+
+
+@pytest.fixture
+def start(script, tmp_path):
+    """start(*args) -> Run; whatever a failed test leaves running is killed."""
+    runs = []
+
+    def start(*args):
+        runs.append(Run(script, tmp_path, *args))
+        return runs[-1]
+
+    yield start
+    for r in runs:
+        for pid in [r.pid, *descendants(r.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+
+def load(run_dir):
+    return torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True)
+
+
+def assert_same(one, two, path=""):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            assert_same(one[key], two[key], f"{path}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), path
+        for i, (a, b) in enumerate(zip(one, two)):
+            assert_same(a, b, f"{path}/{i}")
+    else:
+        assert torch.equal(one, two) if torch.is_tensor(one) else one == two, path
+
+
+# ---------------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "BreakoutNoFrameskip-v4"])
+def test_resume_after_kill_is_exact(script, start, tmp_path, env_id):
+    """2N updates = N updates, kill -9 a little later, resume, N updates: parameters, optimiser, games and curves, bit for bit."""
+    args = ["--env-id", env_id, "--checkpoint-interval", "1600", "--total-timesteps", "3200"]
+    assert run(command(script, *SMALL, *args, "--exp-name", "whole"), tmp_path).returncode == 0
+    killed = start(*args, "--exp-name", "killed")
+    killed.wait_for_output("step 1,680 of")  # two updates after the checkpoint: TensorBoard is ahead of it
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (whole,), (resumed,) = tmp_path.glob("runs/*whole*"), tmp_path.glob("runs/*killed*")
+    assert load(resumed)["global_step"] == 1600
+    result = run(command(script, "--resume", resumed), tmp_path)
+    assert result.returncode == 0, result.stderr
+    one, two = load(whole), load(resumed)
+    assert one["global_step"] == two["global_step"] == 3200
+    assert one["args"].pop("exp_name") != two["args"].pop("exp_name")
+    assert_same(one, two)
+    for tag in ("charts/episodic_return", "charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/grad_norm"):
+        curve = scalars(whole, tag)
+        assert len(curve) > 2 and curve == scalars(resumed, tag), tag
+
+
+def test_number_of_workers_changes_nothing(script, tmp_path):
+    checkpoints = []
+    for num_workers in (0, 1, 2):
+        args = [*SMALL, "--num-workers", num_workers, "--exp-name", f"on-{num_workers}", "--total-timesteps", 400]
+        assert run(command(script, *args), tmp_path).returncode == 0
+        (run_dir,) = tmp_path.glob(f"runs/*__on-{num_workers}__*")
+        checkpoints.append(load(run_dir))
+    for checkpoint in checkpoints[1:]:
+        for part in ("agent", "optimizer", "games"):
+            assert_same(checkpoints[0][part], checkpoint[part], part)
+
+
+def test_resume_auto_and_longer(script, tmp_path):
+    """auto starts a run or goes on with the one of the same arguments; flags typed with --resume replace the run's."""
+    args = [*SMALL, "--resume", "auto", "--learning-rate", "1e-3"]
+    assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0
+    run_dir = only_run(tmp_path)
+    assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0
+    assert only_run(tmp_path) == run_dir
+    assert run(command(script, "--resume", run_dir, "--total-timesteps", 300), tmp_path).returncode == 0
+    assert load(run_dir)["global_step"] == 300
+    assert load(run_dir)["args"]["learning_rate"] == 1e-3
+    assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0  # no longer the same arguments
+    assert len(list(tmp_path.glob("runs/*"))) == 2
+    result = run(command(script, "--resume", run_dir, "--arch", "nature"), tmp_path)
+    assert result.returncode == 2 and "--arch" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_the_group_stops_with_a_checkpoint(start, tmp_path, signum):
+    r = start()
+    r.wait_for_output(" steps/s")
+    family = descendants(r.pid)
+    os.killpg(r.pid, signum)  # as a terminal and SLURM do: to the workers, too
+    assert r.wait() == 128 + signum
+    assert f"{signum.name}: stopped at step" in r.log.read_text()
+    assert "Traceback" not in r.log.read_text()
+    assert load(only_run(tmp_path))["global_step"] > 0
+    wait_for(lambda: not family & parents().keys(), 10)
+
+
+def test_second_signal_stops_at_once(start):
+    r = start("--step-timeout", "1000")
+    r.wait_for_output(" steps/s")
+    family = descendants(r.pid)
+    os.kill(workers(r.pid)[0], signal.SIGSTOP)  # the update cannot finish
+    os.kill(r.pid, signal.SIGINT)
+    time.sleep(1)
+    assert r.process.poll() is None
+    os.kill(r.pid, signal.SIGINT)
+    assert r.wait(5) == -signal.SIGINT
+    for pid in family & parents().keys():
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: not family & parents().keys(), 10)
+
+
+# ------------------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--env-id", "Breakou"], ["Breakou", "BreakoutNoFrameskip-v4"]),
+        (["--env-id", "CartPole-v1"], ["CartPole-v1 is no Atari game"]),
+        (["--num-envs", "32", "--num-workers", "5"], ["--num-envs 32", "--num-workers 5"]),
+        (["--num-envs", "0"], ["--num-envs cannot be 0"]),
+        (["--num-steps", "-5"], ["--num-steps cannot be -5"]),
+        (["--num-workers", "-1"], ["--num-workers cannot be -1"]),
+        (["--seed", "-1"], ["--seed cannot be -1"]),
+        (["--resume", "runs/nowhere"], ["runs/nowhere", "missing"]),
+    ],
+)
+def test_bad_arguments_get_one_line(script, tmp_path, args, words):
+    result = run(command(script, *args), tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["--arch", "resnet"], ["--no-such-flag"]])
+def test_wrong_flags_get_the_parsers_box(script, tmp_path, args):
+    result = run(command(script, *args), tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and args[0] in result.stderr + result.stdout
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "pickled"])
+def test_bad_checkpoint_gets_one_line(script, tmp_path, kind):
+    if kind == "truncated":
+        assert run(command(script, *SMALL, "--total-timesteps", 20), tmp_path).returncode == 0
+        path = only_run(tmp_path) / "checkpoint.pt"
+        path.write_bytes(path.read_bytes()[:100_000])
+    else:
+        path = tmp_path / "checkpoint.pt"
+        torch.save({"weights": torch.zeros(3)}, path) if kind == "foreign" else path.write_bytes(pickle.dumps(Malicious()))
+    result = run(command(script, "--resume", path.parent), tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "damaged" in result.stderr, result.stderr
+    assert not (tmp_path / "executed").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------------- bad luck
+
+
+def test_killed_worker_is_replaced(start, tmp_path):
+    r = start("--total-timesteps", "2000")
+    r.wait_for_output(" steps/s")
+    victim = workers(r.pid)[1]
+    os.kill(victim, signal.SIGKILL)
+    assert r.wait() == 0
+    log = r.log.read_text()
+    assert f"worker 1 (games 2 to 3, pid {victim}) died: SIGKILL" in log
+    assert "Traceback" not in log
+    assert load(only_run(tmp_path))["global_step"] == 2000
+
+
+def test_stuck_worker_is_replaced(start):
+    r = start("--total-timesteps", "2000", "--step-timeout", "2")
+    r.wait_for_output(" steps/s")
+    victim = workers(r.pid)[0]
+    os.kill(victim, signal.SIGSTOP)
+    assert r.wait() == 0
+    assert f"worker 0 (games 0 to 1, pid {victim}) did not answer in time" in r.log.read_text()
+    assert victim not in parents()
+
+
+def test_gives_up_when_workers_keep_dying(start, tmp_path):
+    r = start("--checkpoint-interval", "100", "--step-timeout", "20")
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    deadline = time.monotonic() + 90
+    while r.process.poll() is None and time.monotonic() < deadline:
+        for pid in workers(r.pid):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        time.sleep(0.02)
+    assert r.wait() == 1
+    assert "three times" in r.log.read_text() and "--resume" in r.log.read_text()
+    assert "Traceback (most recent call last)" not in r.log.read_text()
+    assert load(only_run(tmp_path))["global_step"] >= 100
+
+
+def test_not_a_number_stops_before_it_spreads(script, tmp_path):
+    assert run(command(script, *SMALL, "--total-timesteps", 100), tmp_path).returncode == 0
+    run_dir = only_run(tmp_path)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+    result = run(command(script, "--resume", run_dir, "--total-timesteps", 1000, "--learning-rate", "1e30"), tmp_path)
+    assert result.returncode == 1
+    assert "nan" in result.stderr and "step 1" in result.stderr and "--learning-rate" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_full_disk_is_a_warning(script, tmp_path):
+    assert run(command(script, *SMALL, "--total-timesteps", 100), tmp_path).returncode == 0
+    run_dir = only_run(tmp_path)
+    before = (run_dir / "checkpoint.pt").read_bytes()
+
+    def limit():  # no file may grow beyond 500 kB; a checkpoint is several MB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+    args = ["--resume", run_dir, "--total-timesteps", 300, "--checkpoint-interval", 100]
+    result = run(command(script, *args), tmp_path, preexec_fn=limit)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: ") == 2 and "File too large" in result.stderr
+    assert "step 300 of" in result.stdout
+    assert (run_dir / "checkpoint.pt").read_bytes() == before
+
+
+def test_nothing_survives_a_killed_learner(start):
+    shared_memory = set(os.listdir("/dev/shm"))
+    r = start()
+    r.wait_for_output(" steps/s")
+    family = descendants(r.pid)
+    assert len(workers(r.pid)) == 2
+    os.kill(r.pid, signal.SIGKILL)
+    wait_for(lambda: not family & parents().keys(), 5)
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert "Traceback" not in r.log.read_text()
+
+
+# -------------------------------------------------------------------------------------------------- learning, and being copied
+
+
+def test_learns_a_small_image_game(script, tmp_path):
+    """Catch at 84 x 84 on two workers: random play scores -0.8, the optimum is 1."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        f"import {script.__name__} as script, games\n"
+        "if __name__ == '__main__':\n"
+        "    script.train(script.parse_args(), games.Catch)\n"
+    )
+    (tmp_path / "catch.py").write_text(code)
+    result = run([sys.executable, "catch.py", "--total-timesteps", 60_000, "--no-anneal-lr"], tmp_path, timeout=600)
+    assert result.returncode == 0, result.stderr
+    scores = scalars(only_run(tmp_path), "charts/episodic_return")
+    assert scores[0][1] < -0.5
+    assert np.mean([score for _, score in scores[-2:]]) > 0.9, result.stdout
+
+
+def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
+    """With both networks, both optimisers and bfloat16; the run leaves a folder that utils/ can evaluate, film and plot."""
+    shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
+    alone = [sys.executable, f"{script.__name__}.py", *SMALL, "--total-timesteps", 200]
+    assert run(alone, tmp_path).returncode == 0
+    assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--init", "uniform", "--bf16"], tmp_path).returncode == 0
+    assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2
+
+
+def test_evaluate_and_plot(script, tmp_path):
+    args = [*SMALL, "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 3000]
+    assert run(command(script, *args), tmp_path).returncode == 0
+    run_dir = only_run(tmp_path)
+    evaluate = [sys.executable, ROOT / "utils" / "evaluate.py", run_dir, "--episodes", 4, "--num-envs", 2]
+    result = run([*evaluate, "--json", "scores.json", "--video", "video.mp4", "--video-seconds", 3], tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert len(scores["scores"]) == scores["episodes"] == 4
+    assert scores["mean"] == pytest.approx(np.mean(scores["scores"]))
+    assert scores["standard_error"] == pytest.approx(np.std(scores["scores"], ddof=1) / 2)
+    assert scores["human_normalised_percent"] == pytest.approx(100 * (scores["mean"] - 1.7) / (30.5 - 1.7))
+    assert all(length > 80 for length in scores["lengths"])  # whole games of five lives
+    assert (tmp_path / "video.mp4").stat().st_size > 10_000
+    result = run([sys.executable, ROOT / "utils" / "plot.py", run_dir, "--csv", "curve.csv"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "curve.csv").read_text().startswith("env_id,label,seed,steps")

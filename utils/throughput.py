@@ -1,0 +1,288 @@
+"""How fast are the games, and how fast is training? Everything in turn, several rounds, medians.
+
+    python utils/throughput.py                                        # about a quarter of an hour on 2 cores
+    python utils/throughput.py --parts games --rounds 3               # the environments alone
+    python utils/throughput.py --sb3-python /tmp/sb3/bin/python       # beside stable-baselines3, from its own venv
+
+Three parts. games: the same games with random actions through four pipelines, in agent steps/s. training: the script at
+--num-envs with both networks. sweep: training over the number of games with the time split of the PAAC paper's Figure 2.
+Prints tables, writes throughput.json and, of the sweep, throughput.png. Run it on an otherwise idle machine.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import ale_py
+import gymnasium as gym
+import matplotlib
+import numpy as np
+import torch
+import tyro
+from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass
+class Args:
+    script: str = "paac_atari"  # the script to measure
+    parts: list[Literal["games", "training", "sweep"]] = field(default_factory=lambda: ["games", "training", "sweep"])
+    env_id: str = "BreakoutNoFrameskip-v4"  # the game
+    num_envs: int = 32  # games in parallel, but for the sweep
+    num_workers: int = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )  # processes or threads
+    rounds: int = 5  # repetitions, one of everything after the other
+    seconds: float = 5.0  # length of a measurement of the games
+    train_seconds: float = 20.0  # length of a measurement of training, after its start
+    sweep: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])  # numbers of games
+    sb3_python: str | None = None  # python of a virtual environment with stable-baselines3[extra], for its A2C
+    out: str = "throughput"  # name of the .json and the .png
+
+
+# ------------------------------------------------------------------------------------------------------------------------ games
+
+
+def stock_env(env_id):
+    return FrameStackObservation(AtariPreprocessing(gym.make(env_id, frameskip=1)), 4)
+
+
+def emulate(env_id, seconds, barrier, results):
+    """One process of the emulator alone: 4 act() calls per step, nothing looked at."""
+    ale = gym.make(env_id).unwrapped.ale
+    actions = ale.getMinimalActionSet()
+    choices, steps = np.random.default_rng(os.getpid()).integers(len(actions), size=100_000), 0
+    ale.reset_game()
+    barrier.wait()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        action = actions[choices[steps % len(choices)]]
+        for _ in range(4):
+            ale.act(action)
+        if ale.game_over():
+            ale.reset_game()
+        steps += 1
+    results.put(steps / seconds)
+
+
+def steps_per_second(step, num_envs, seconds):
+    steps, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        step()
+        steps += num_envs
+    return steps / elapsed
+
+
+def game_pipelines(args):
+    """{name: function that measures it once}, all started, and a function that ends them."""
+    n, generator = args.num_envs, np.random.default_rng(0)
+    script = importlib.import_module(args.script)
+    run_args = script.Args(env_id=args.env_id, num_envs=n, num_workers=args.num_workers, terminal_on_life_loss=False)
+    ours = script.make_envs(run_args)
+    ours.reset(options={"seed": 0, "games": None})
+    stock = gym.vector.AsyncVectorEnv([lambda: stock_env(args.env_id)] * n, context="forkserver")
+    stock.reset(seed=0)
+    num_actions = ours.single_action_space.nvec[0]
+    game = gym.spec(args.env_id).kwargs["game"]
+    cpp = ale_py.AtariVectorEnv(game, num_envs=n, num_threads=args.num_workers, reward_clipping=False)
+    cpp.reset(seed=0)
+
+    def step_ours():
+        ours.step_async(generator.integers(num_actions, size=ours.action_space.shape))
+        ours.step_wait(60)
+
+    def emulator():
+        context = multiprocessing.get_context("forkserver")
+        barrier, results = context.Barrier(args.num_workers), context.Queue()
+        work = (args.env_id, args.seconds, barrier, results)
+        processes = [context.Process(target=emulate, args=work) for _ in range(args.num_workers)]
+        for process in processes:
+            process.start()
+        speed = sum(results.get() for _ in processes)
+        for process in processes:
+            process.join()
+        return speed
+
+    def close():
+        script.close_envs(ours)
+        stock.close()
+        cpp.close()
+
+    measure = {
+        f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(generator.integers(num_actions, size=n)),
+        f"ours: {args.num_workers} workers": step_ours,
+        f"ale-py AtariVectorEnv (C++), {args.num_workers} threads": lambda: cpp.step(generator.integers(num_actions, size=n)),
+    }
+    pipelines = {name: lambda step=step: steps_per_second(step, n, args.seconds) for name, step in measure.items()}
+    return pipelines | {f"the emulator alone, {args.num_workers} processes": emulator}, close
+
+
+# --------------------------------------------------------------------------------------------------------------------- training
+
+SB3_A2C = """
+import sys, time
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack
+
+class Stopwatch(BaseCallback):
+    def _on_step(self):
+        if self.n_calls == 50:
+            self.start, self.start_steps = time.perf_counter(), self.num_timesteps
+        if self.n_calls > 50 and time.perf_counter() - self.start > float(sys.argv[3]):
+            print((self.num_timesteps - self.start_steps) / (time.perf_counter() - self.start))
+            return False
+        return True
+
+if __name__ == "__main__":
+    envs = VecFrameStack(make_atari_env(sys.argv[1], n_envs=int(sys.argv[2]), vec_env_cls=SubprocVecEnv), 4)
+    A2C("CnnPolicy", envs, n_steps=5).learn(10**9, callback=Stopwatch())
+"""
+
+
+def sb3_speed(args):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "sb3_a2c.py")
+        path.write_text(SB3_A2C)
+        cmd = [args.sb3_python, path, args.env_id, args.num_envs, args.train_seconds]
+        result = subprocess.run(list(map(str, cmd)), cwd=folder, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"stable-baselines3 failed:\n{result.stderr}")
+    return float(result.stdout.split()[-1])
+
+
+def train_speed(args, num_envs, *flags):
+    """Steps/s of the script, and which part of the time went to the games, to acting and to learning."""
+    with tempfile.TemporaryDirectory() as folder:
+        cmd = [sys.executable, ROOT / f"{args.script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
+        cmd += ["--num-workers", args.num_workers, "--log-interval", 10 * num_envs, "--no-track", *flags]
+        log = open(Path(folder, "log"), "w+")  # noqa: SIM115
+        process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
+        while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(args.train_seconds)
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        (run_dir,) = Path(folder).glob("runs/*")
+        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+        events.Reload()
+        points = events.Scalars("charts/SPS")[2:-1]  # without the warm-up and the final checkpoint
+        steps = np.diff([p.step for p in events.Scalars("charts/SPS")[1:-1]])
+        seconds = steps / [p.value for p in points]
+        split = {}
+        for part in ("env", "act", "learn"):
+            values = [p.value for p in events.Scalars(f"time/{part}")[2:-1]]
+            split[part] = float(np.average(values, weights=seconds))
+        return float(steps.sum() / seconds.sum()), split
+
+
+# ----------------------------------------------------------------------------------------------------------------------- report
+
+
+def hardware():
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [
+            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless")},
+    }
+
+
+def table(title, speeds, reference):
+    """Medians of the rounds, and the median over the rounds of the ratio to the reference."""
+    print(f"\n{title}\n| steps/s | {'ratio':>5} | lowest - highest | |\n|--:|--:|--:|:--|")
+    rows = []
+    for name, values in speeds.items():
+        ratio = statistics.median(v / r for v, r in zip(values, speeds[reference]))
+        median = statistics.median(values)
+        print(f"| {median:,.0f} | {ratio:.2f} | {min(values):,.0f} - {max(values):,.0f} | {name} |", flush=True)
+        rows.append({"name": name, "steps_per_second": median, "ratio": ratio, "rounds": values})
+    return rows
+
+
+def figure(sweep, path, title):
+    """Figure 2 of the paper: speed and time split over the number of games."""
+    archs = list(dict.fromkeys(row["arch"] for row in sweep))
+    fig, axes = plt.subplots(1, 1 + len(archs), figsize=(5 * (1 + len(archs)), 4), layout="constrained")
+    for axis, arch in zip(axes[1:], archs):
+        rows = [row for row in sweep if row["arch"] == arch]
+        x, bottom = np.arange(len(rows)), np.zeros(len(rows))
+        axes[0].plot(x, [row["steps_per_second"] for row in rows], marker="o", label=arch)
+        for part, label in (("env", "games"), ("act", "acting"), ("learn", "learning")):
+            share = np.array([100 * row["split"][part] for row in rows])
+            axis.bar(x, share, bottom=bottom, label=label)
+            bottom += share
+        axis.set(title=f"time, {arch}", ylabel="%", ylim=(0, 100), xlabel="games $n_e$")
+        axis.set_xticks(x, [row["num_envs"] for row in rows])
+        axis.legend(loc="lower right")
+    axes[0].set(title=title, ylabel="steps/s", xlabel="games $n_e$")
+    axes[0].set_xticks(x, [row["num_envs"] for row in rows])
+    axes[0].set_ylim(bottom=0)
+    axes[0].grid(alpha=0.3)
+    axes[0].legend()
+    fig.savefig(path, dpi=120)
+
+
+def main(args):
+    report = {"hardware": hardware(), "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"}}
+    print(", ".join(f"{k} {v}" for k, v in report["hardware"].items()), flush=True)
+    if "games" in args.parts:
+        pipelines, close = game_pipelines(args)
+        speeds = {name: [] for name in pipelines}
+        for _ in range(args.rounds):
+            for name, measure in pipelines.items():
+                speeds[name].append(measure())
+        close()
+        report["games"] = table(f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines)))
+    if "training" in args.parts:
+        runs = {"A2C of stable-baselines3, nature": lambda: sb3_speed(args)} if args.sb3_python else {}
+        for name, flags in {"nips": ["--arch", "nips"], "nature": ["--arch", "nature"]}.items():
+            runs[f"{args.script}, {name}"] = lambda flags=flags: train_speed(args, args.num_envs, *flags)[0]
+        runs[f"{args.script}, nature, bf16"] = lambda: train_speed(args, args.num_envs, "--arch", "nature", "--bf16")[0]
+        speeds = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, measure in runs.items():
+                speeds[name].append(measure())
+        report["training"] = table(f"training, {args.num_envs} games of {args.env_id}", speeds, next(iter(runs)))
+    if "sweep" in args.parts:
+        report["sweep"] = []
+        print("\n| games | network | steps/s | games % | acting % | learning % |\n|--:|:--|--:|--:|--:|--:|")
+        for num_envs in args.sweep:
+            for arch in ("nips", "nature"):
+                speed, split = train_speed(args, num_envs, "--arch", arch)
+                shares = " | ".join(f"{100 * split[part]:.0f}" for part in ("env", "act", "learn"))
+                print(f"| {num_envs} | {arch} | {speed:,.0f} | {shares} |", flush=True)
+                report["sweep"].append({"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split})
+        figure(report["sweep"], f"{args.out}.png", f"{args.script} on {report['hardware']['cores']} cores")
+    Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\n{args.out}.json")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
