@@ -129,12 +129,10 @@ def evaluate(args):
         "scores": list(map(float, scores)),
         "lengths": list(map(int, lengths)),
     }
-    print(
-        f"{run_args.env_id}, {script.__name__} after {result['global_step']:,} steps, {result['policy']} actions, {len(scores)} games:"
-    )
+    print(f"{run_args.env_id}, {script.__name__} after {result['global_step']:,} steps")
     error, human = result["standard_error"], result["human_normalised_percent"]
     print(
-        f"score {result['mean']:.2f}"
+        f"{len(scores)} games, {result['policy']} actions: score {result['mean']:.2f}"
         + (f" +- {error:.2f} (standard error)" if error is not None else "")
         + f", median {result['median']:g}, lowest {min(scores):g}, highest {max(scores):g}"
         + (f"; {human:.0f} % of a human's" if human is not None else "")
