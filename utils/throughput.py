@@ -139,6 +139,7 @@ def game_pipelines(args):
 
 SB3_A2C = """
 import sys, time
+import ale_py
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
@@ -166,7 +167,7 @@ def sb3_speed(args):
         cmd = [args.sb3_python, path, args.env_id, args.num_envs, args.train_seconds]
         result = subprocess.run(list(map(str, cmd)), cwd=folder, capture_output=True, text=True)
     if result.returncode:
-        sys.exit(f"stable-baselines3 failed:\n{result.stderr}")
+        sys.exit(f"stable-baselines3 failed: {result.stderr[-1000:]}")
     return float(result.stdout.split()[-1])
 
 
