@@ -90,7 +90,7 @@ def test_loss_and_gradient_without_autograd():
 
 
 def test_rmsprop_by_hand():
-    """mean square 1 -> 0.9 * 1 + 0.1 * 4 = 1.3 -> 0.9 * 1.3 + 0.1 * 1 = 1.27; epsilon 0.14, then 0.17 inside the root."""
+    """mean square 1 -> 0.9 * 1 + 0.1 * 4 = 1.3 -> 0.9 * 1.3 + 0.1 * 1 = 1.27; epsilon 0.14, then 0.42 inside the root."""
     weight = torch.nn.Parameter(torch.tensor([10.0], dtype=torch.float64))
     optimizer = paac_atari.RMSpropTF([weight], lr=0.6, alpha=0.9, eps=0.14)
     weight.grad = torch.tensor([2.0], dtype=torch.float64)

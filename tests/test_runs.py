@@ -63,8 +63,8 @@ class Run:
             self.process = subprocess.Popen(cmd, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.pid = self.process.pid
 
-    def wait_for_output(self, text, count=1):
-        wait_for(lambda: self.log.read_text().count(text) >= count or self.process.poll() is not None)
+    def wait_for_output(self, text):
+        wait_for(lambda: text in self.log.read_text() or self.process.poll() is not None)
         assert text in self.log.read_text()
 
     def wait(self, timeout=90):

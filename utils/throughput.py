@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 @dataclass
@@ -47,9 +48,7 @@ class Args:
     parts: list[Literal["games", "training", "sweep"]] = field(default_factory=lambda: ["games", "training", "sweep"])
     env_id: str = "BreakoutNoFrameskip-v4"  # the game
     num_envs: int = 32  # games in parallel, but for the sweep
-    num_workers: int = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    )  # processes or threads
+    num_workers: int = CORES  # processes or threads
     rounds: int = 5  # repetitions, one of everything after the other
     seconds: float = 5.0  # length of a measurement of the games
     train_seconds: float = 20.0  # length of a measurement of training, after its start
@@ -175,9 +174,9 @@ def train_speed(args, num_envs, *flags):
     """Steps/s of the script, and which part of the time went to the games, to acting and to learning."""
     with tempfile.TemporaryDirectory() as folder:
         cmd = [sys.executable, ROOT / f"{args.script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
-        cmd += ["--num-workers", args.num_workers, "--log-interval", 10 * num_envs, "--no-track", *flags]
-        log = open(Path(folder, "log"), "w+")  # noqa: SIM115
-        process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
+        cmd += ["--num-workers", args.num_workers, "--log-interval", 10 * num_envs, *flags]
+        with open(Path(folder, "log"), "w") as log:
+            process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
         while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
             time.sleep(0.1)
         time.sleep(args.train_seconds)
@@ -208,7 +207,7 @@ def hardware():
         cpu = names[0] if names else cpu
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": CORES,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless")},
