@@ -27,7 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads sleep: while the games run, the cores are theirs
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads sleep: while the games run, the cores are theirs,
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # but not within a forward pass: some microseconds until the next layer
 
 import ale_py
 import cv2
@@ -304,8 +305,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
     policy_loss = -(logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) * advantages).mean()
     value_loss = (returns - values).square().mean()
     entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss
-    return loss, policy_loss, value_loss, entropy
+    return policy_loss - ent_coef * entropy + vf_coef * value_loss, policy_loss, value_loss, entropy
 
 
 def save_checkpoint(path, checkpoint):
@@ -388,11 +388,9 @@ def train(args, env_class=AtariEnv):
         import wandb
 
         wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)  # what came after the checkpoint comes again
-    writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *(f"|{k}|{v}|" for k, v in asdict(args).items())]))
     print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on the {device}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-    spent, last_time = Counter(), time.perf_counter()
+    spent, last_time, writer = Counter(), time.perf_counter(), None
 
     def clock(part):  # books the time since the last call under `part`
         nonlocal last_time
@@ -475,7 +473,9 @@ def train(args, env_class=AtariEnv):
                 scalars |= {"losses/grad_norm": grad_norm, "losses/explained_variance": explained_variance}
                 if episodes:
                     scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-                writer = writer or SummaryWriter(run_dir)
+                if not writer:
+                    writer = SummaryWriter(run_dir, purge_step=logged_step + 1)  # what came after the checkpoint comes again
+                    writer.add_text("flags", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
                 for tag, scalar in scalars.items():
                     writer.add_scalar(tag, scalar, global_step)
                 logged_step, spent = global_step, Counter()

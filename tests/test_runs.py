@@ -310,6 +310,14 @@ def test_full_disk_is_a_warning(script, tmp_path):
     assert (run_dir / "checkpoint.pt").read_bytes() == before
 
 
+def test_unwritable_folder_is_a_warning(script, tmp_path):
+    (tmp_path / "runs").write_text("not a folder")
+    result = run(command(script, *SMALL, "--total-timesteps", 80), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("warning: ") == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "step 80 of" in result.stdout
+
+
 def test_nothing_survives_a_killed_learner(start):
     shared_memory = set(os.listdir("/dev/shm"))
     r = start()
