@@ -20,6 +20,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, replace
@@ -80,10 +81,8 @@ class Args:  # the comments are the texts of --help
 
 class AtariEnv(gym.Env):
     """One Atari game as the DQN papers show it: observations are uint8 (4, 84, 84), newest frame last; rewards are raw points.
-
     Equals gymnasium's AtariPreprocessing bit for bit, but fetches only the frames that are used. The game must be reset when it
-    is `game_over`, not when it is `terminated`: with terminal_on_life_loss, a lost life is that, too, and the game goes on.
-    """
+    is `game_over`, not when it is `terminated`: with terminal_on_life_loss, a lost life is that, too, and the game goes on."""
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 60}
 
@@ -151,31 +150,29 @@ class AtariEnv(gym.Env):
 
 class AtariWorker(gym.Env):
     """The k games of one worker, stepped one after another; AsyncVectorEnv takes them for one environment with array rewards.
-
     A finished game restarts at once and shows the new game's first observation. Only when a time limit cut a game short,
-    info["final_obs"] (k, 4, 84, 84) holds what the games showed before that.
-    """
+    info["final_obs"] (k, 4, 84, 84) holds what the games showed before that."""
 
     def __init__(self, make_env, first_game, num_games, learner_pid):
         if os.getpid() != learner_pid:  # AsyncVectorEnv also builds one worker in the learner
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the learner dies, die too, without a traceback
         cv2.setNumThreads(0)
         self.make_env, self.first_game, self.num_games = make_env, first_game, num_games
-        self.envs, self.episodes = [make_env()], []  # the other games are made by the first reset
+        self.envs, self.episodes = [make_env()], []  # the other games are made by start()
         self.observation_space = gym.vector.utils.batch_space(self.envs[0].observation_space, num_games)
         self.action_space = gym.vector.utils.batch_space(self.envs[0].action_space, num_games)
         self.obs = np.zeros(self.observation_space.shape, np.uint8)
 
-    def reset(self, *, seed=None, options):
-        """options: {"seed": int for all workers, "games": None or the states of all games of all workers}"""
+    def start(self, seed, games):
+        """Start the games anew, or where they were -> obs. games: None or the states of all games of all workers"""
         self.envs += [self.make_env() for _ in range(self.num_games - len(self.envs))]
         for i, env in enumerate(self.envs):
-            stream = np.random.SeedSequence([options["seed"], self.first_game + i])  # distinct for all seeds and games
+            stream = np.random.SeedSequence([seed, self.first_game + i])  # distinct for all seeds and games
             self.obs[i], _ = env.reset(seed=int(stream.generate_state(1, np.uint64)[0]))
-            if options["games"]:
-                env.set_state(options["games"][self.first_game + i])
+            if games:
+                env.set_state(games[self.first_game + i])
                 self.obs[i] = env.stack
-        return self.obs, {}
+        return self.obs
 
     def step(self, actions):
         rewards = np.zeros(self.num_games)
@@ -365,6 +362,7 @@ def parse_args(argv=None):
 
 
 def train(args, env_class=AtariEnv):
+    threading.excepthook = lambda _: None  # TensorBoard's thread dies on a full disk; the warning below says it shorter
     stop_signals = []
     for signum in STOP_SIGNALS:  # the first one is noted, a second one ends the process at once
         signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))
@@ -410,7 +408,8 @@ def train(args, env_class=AtariEnv):
         try:
             if obs is None:  # at the start, and after a lost worker
                 envs = make_envs(args, env_class) if envs.closed else envs
-                obs, _ = envs.reset(options={"seed": args.seed + (global_step << 32), "games": games})
+                envs.call_async("start", args.seed + (global_step << 32), games)
+                obs = np.stack(envs.call_wait(args.step_timeout + args.num_envs))  # a game may take a second to start
             for step in range(args.num_steps):
                 logits, values = agent(torch.as_tensor(obs, device=device))
                 actions = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # ~ softmax(logits)

@@ -108,7 +108,8 @@ def test_workers_play_the_same_as_single_games(script, num_workers):
     """Each game gets its own action once per step, restarts by itself, and shows up in its own place."""
     args = script.parse_args([*SMALL, "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
     envs = script.make_envs(args)
-    obs, _ = envs.reset(options={"seed": 7, "games": None})
+    envs.call_async("start", 7, None)
+    obs = np.stack(envs.call_wait(60))
     singles = [script.AtariEnv(args.env_id, 4, True) for _ in range(4)]
     for game, env in enumerate(singles):
         seed = int(np.random.SeedSequence([7, game]).generate_state(1, np.uint64)[0])
@@ -139,7 +140,7 @@ def test_generators_are_distinct(script):
     for seed in (1, 2, 3):
         for first_game in (0, 8):
             worker = script.make_envs(args, first_game=first_game)
-            worker.reset(options={"seed": seed, "games": None})
+            worker.start(seed, None)
             streams += [tuple(env.atari.np_random.integers(0, 2**62, 4)) for env in worker.envs]
     assert len(set(streams)) == len(streams) == 48
 

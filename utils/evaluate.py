@@ -1,7 +1,7 @@
 """Play whole games with a trained checkpoint: raw scores, 1 to 30 no-ops at the start, a lost life ends nothing.
 
-    python utils/evaluate.py runs/NAME                                  # 30 games, actions sampled from the policy
-    python utils/evaluate.py trained/pong.pt --greedy --json pong.json  # the likeliest action; scores to a file
+    python utils/evaluate.py runs/NAME                                  # 30 games, actions as in training
+    python utils/evaluate.py trained/pong.pt --greedy --json pong.json  # always the best action; scores to a file
     python utils/evaluate.py trained/pong.pt --video pong.mp4           # also record a game (.mp4 or .gif)
 
 The games run in parallel on the script's own workers. Each slot plays the same fixed number of games: taking whichever games end
@@ -33,7 +33,8 @@ class Args:
     episodes: int = 30  # whole games
     num_envs: int = 10  # played in parallel
     num_workers: int = 2  # processes that the games are split over
-    greedy: bool = False  # the likeliest action instead of a sampled one
+    greedy: bool = False  # always the best action, not one sampled from the policy or, for Q-values, an epsilon-greedy one
+    epsilon: float = 0.05  # share of random actions where the network gives Q-values
     seed: int = 1_000_000  # of games and actions; far from those of training
     cuda: bool = True  # use the GPU where there is one
     json: str | None = None  # file for the scores
@@ -42,31 +43,45 @@ class Args:
     video_seconds: float = 60.0  # length of the video at most, at the game's own speed
 
 
-def load_agent(path, device):
-    """The script's module, the run's arguments (for whole games), the checkpoint and a function (obs, greedy) -> actions."""
+def load_agent(path, greedy, epsilon, device):
+    """The script's module, the run's arguments (for whole games), the checkpoint, a function obs -> actions and its name."""
     path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(checkpoint["script"])
     args = replace(script.Args(**checkpoint["args"]), terminal_on_life_loss=False)
-    agent = script.Agent(len(checkpoint["agent"]["policy.bias"]), args.arch, args.init, args.bf16).to(device)
+    num_actions = script.AtariEnv(args.env_id).action_space.n
+    agent = script.Agent(num_actions, args.arch, bf16=args.bf16).to(device)
     agent.load_state_dict(checkpoint["agent"])
 
+    is_policy = hasattr(agent, "policy")
+    if is_policy:
+        name = "greedy" if greedy else "sampled"
+    else:
+        epsilon = 0.0 if greedy else epsilon
+        name = f"epsilon-greedy ({epsilon:g})"
+
     @torch.no_grad()
-    def act(obs, greedy):
-        logits, _ = agent(torch.as_tensor(obs, device=device))
-        actions = logits.argmax(-1) if greedy else torch.multinomial(logits.softmax(-1), 1).squeeze(-1)
+    def act(obs):
+        output = agent(torch.as_tensor(obs, device=device))
+        if not is_policy:
+            actions = script.epsilon_greedy(output, torch.full(output.shape[:1], epsilon, device=device))
+        elif greedy:
+            actions = output[0].argmax(-1)
+        else:
+            actions = torch.multinomial(output[0].softmax(-1), 1).squeeze(-1)
         return actions.cpu().numpy()
 
-    return script, args, checkpoint, act
+    return script, args, checkpoint, act, name
 
 
-def play(envs, act, greedy, seed, num_envs, games_per_slot, timeout):
+def play(envs, act, seed, num_envs, games_per_slot, timeout):
     """Scores and lengths (agent steps) of the first `games_per_slot` games of each of the `num_envs` slots."""
     episodes = [[] for _ in range(num_envs)]
     scores, lengths = np.zeros(num_envs), np.zeros(num_envs, int)
-    obs, _ = envs.reset(options={"seed": seed, "games": None})
+    envs.call_async("start", seed, None)
+    obs = np.stack(envs.call_wait(timeout + num_envs))
     while min(map(len, episodes)) < games_per_slot:
-        envs.step_async(act(obs, greedy).reshape(envs.action_space.shape))
+        envs.step_async(act(obs).reshape(envs.action_space.shape))
         obs, rewards, terminations, truncations, _ = envs.step_wait(timeout)
         scores += rewards.flat
         lengths += 1
@@ -77,13 +92,13 @@ def play(envs, act, greedy, seed, num_envs, games_per_slot, timeout):
     return zip(*(episode for slot in episodes for episode in slot))
 
 
-def record(env, act, greedy, seed, path, seconds):
+def record(env, act, seed, path, seconds):
     """Write a video of one game, or its first `seconds`, with one frame per agent step."""
     fps, frames, score = 60 / env.frame_skip, [], 0.0
     obs, _ = env.reset(seed=seed)
     while not env.game_over and len(frames) < seconds * fps:
         frames.append(env.render().copy())
-        obs, reward, *_ = env.step(act(obs[None], greedy)[0])
+        obs, reward, *_ = env.step(act(obs[None])[0])
         score += reward
     if path.suffix == ".gif":
         first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
@@ -109,17 +124,17 @@ def human_normalised(env_id, score):
 def evaluate(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    script, run_args, checkpoint, act = load_agent(args.checkpoint, device)
+    script, run_args, checkpoint, act, policy = load_agent(args.checkpoint, args.greedy, args.epsilon, device)
     games_per_slot = -(-args.episodes // args.num_envs)
     envs = script.make_envs(replace(run_args, num_envs=args.num_envs, num_workers=args.num_workers))
-    scores, lengths = play(envs, act, args.greedy, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
+    scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
     script.close_envs(envs)
     result = {
         "checkpoint": str(args.checkpoint),
         "env_id": run_args.env_id,
         "script": script.__name__,
         "global_step": checkpoint["global_step"],
-        "policy": "greedy" if args.greedy else "sampled",
+        "policy": policy,
         "seed": args.seed,
         "episodes": len(scores),
         "mean": float(np.mean(scores)),
@@ -143,7 +158,7 @@ def evaluate(args):
         torch.save({key: checkpoint[key] for key in ("script", "args", "global_step", "agent")}, args.export)
     if args.video:
         env = script.AtariEnv(run_args.env_id, run_args.frame_skip, render_mode="rgb_array")
-        record(env, act, args.greedy, args.seed, Path(args.video), args.video_seconds)
+        record(env, act, args.seed, Path(args.video), args.video_seconds)
     return result
 
 

@@ -96,7 +96,7 @@ def game_pipelines(args):
     script = importlib.import_module(args.script)
     run_args = script.Args(env_id=args.env_id, num_envs=n, num_workers=args.num_workers, terminal_on_life_loss=False)
     ours = script.make_envs(run_args)
-    ours.reset(options={"seed": 0, "games": None})
+    ours.call("start", 0, None)
     stock = gym.vector.AsyncVectorEnv([lambda: stock_env(args.env_id)] * n, context="forkserver")
     stock.reset(seed=0)
     num_actions = ours.single_action_space.nvec[0]
