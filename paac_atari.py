@@ -371,7 +371,7 @@ def train(args, env_class=AtariEnv):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, env_class)
     agent = Agent(envs.single_action_space.nvec[0], args.arch, args.init, args.bf16).to(device)
-    optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else torch.optim.Adam
+    optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else partial(torch.optim.Adam, fused=True)
     optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.epsilon)
     checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": [], "games": None}
     global_step, recent_scores, games = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100), checkpoint["games"]

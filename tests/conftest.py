@@ -38,10 +38,10 @@ def only_run(folder):
     return run_dir
 
 
-def scalars(run_dir, tag):
-    """[(step, value)] of a TensorBoard tag, as TensorBoard shows them: after a resume, without what was logged twice."""
+def scalars(run_dir):
+    """{tag: [(step, value)]}, as TensorBoard shows them: after a resume, without what was logged twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

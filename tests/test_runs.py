@@ -127,9 +127,11 @@ def test_resume_after_kill_is_exact(script, start, tmp_path, env_id):
     assert one["global_step"] == two["global_step"] == 3200
     assert one["args"].pop("exp_name") != two["args"].pop("exp_name")
     assert_same(one, two)
-    for tag in ("charts/episodic_return", "charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/grad_norm"):
-        curve = scalars(whole, tag)
-        assert len(curve) > 2 and curve == scalars(resumed, tag), tag
+    curves, resumed_curves = scalars(whole), scalars(resumed)
+    assert curves.keys() == resumed_curves.keys() >= {"charts/episodic_return", "charts/learning_rate", "losses/grad_norm"}
+    for tag, curve in curves.items():
+        if tag != "charts/SPS" and not tag.startswith("time/"):
+            assert len(curve) > 2 and curve == resumed_curves[tag], tag
 
 
 def test_number_of_workers_changes_nothing(script, tmp_path):
@@ -349,7 +351,7 @@ def test_learns_a_small_image_game(script, tmp_path):
     (tmp_path / "catch.py").write_text(code)
     result = run([sys.executable, "catch.py", "--total-timesteps", 60_000, "--no-anneal-lr"], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
-    scores = scalars(only_run(tmp_path), "charts/episodic_return")
+    scores = scalars(only_run(tmp_path))["charts/episodic_return"]
     assert scores[0][1] < -0.5
     assert np.mean([score for _, score in scores[-2:]]) > 0.9, result.stdout
 

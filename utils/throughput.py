@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -174,7 +175,7 @@ def train_speed(args, num_envs, *flags):
     """Steps/s of the script, and which part of the time went to the games, to acting and to learning."""
     with tempfile.TemporaryDirectory() as folder:
         cmd = [sys.executable, ROOT / f"{args.script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
-        cmd += ["--num-workers", args.num_workers, "--log-interval", 10 * num_envs, *flags]
+        cmd += ["--num-workers", args.num_workers, "--log-interval", 1000, *flags]
         with open(Path(folder, "log"), "w") as log:
             process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
         while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
