@@ -1,0 +1,61 @@
+"""The scripts repeat each other by design. What they share is the same text; how much they differ is bounded."""
+
+import ast
+import difflib
+from itertools import zip_longest
+
+import pytest
+from conftest import ROOT
+
+PAAC, *Q_SCRIPTS = ["paac_atari", "nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
+SHARED = ["AtariEnv", "AtariWorker", "LocalEnvs", "make_envs", "close_envs", "RMSpropTF", "save_checkpoint", "load_checkpoint"]
+SHARED += ["fail", "parse_args"]
+PAIRS = [(PAAC, script, SHARED) for script in Q_SCRIPTS]
+PAIRS += [(PAAC, "nstep_q_atari", ["compute_returns"])]
+PAIRS += [("nstep_q_atari", script, ["Agent", "epsilon_greedy"]) for script in Q_SCRIPTS[1:]]
+PAIRS += [("one_step_q_atari", "one_step_sarsa_atari", ["Args", "compute_loss"]), ("nstep_q_atari", "one_step_q_atari", ["Args"])]
+BUDGETS = {
+    (PAAC, "nstep_q_atari"): 120,
+    ("nstep_q_atari", "one_step_q_atari"): 45,
+    ("one_step_q_atari", "one_step_sarsa_atari"): 45,
+}
+
+
+def source(script):
+    return (ROOT / f"{script}.py").read_text()
+
+
+def block(script, name):
+    """Line number and text of a top-level class or function."""
+    for node in ast.parse(source(script)).body:
+        if getattr(node, "name", None) == name:
+            return node.lineno, ast.get_source_segment(source(script), node)
+    raise AssertionError(f"{script}.py has no {name}")
+
+
+@pytest.mark.parametrize("one, other, name", [(one, other, name) for one, other, names in PAIRS for name in names])
+def test_shared_block_is_the_same_text(one, other, name):
+    (line, text), (other_line, other_text) = block(one, name), block(other, name)
+    for i, (a, b) in enumerate(zip_longest(text.splitlines(), other_text.splitlines())):
+        assert a == b, f"{name} drifted: {one}.py:{line + i}: {a!r}; {other}.py:{other_line + i}: {b!r}"
+
+
+def changed_lines(one, other):
+    diff = difflib.unified_diff(source(one).splitlines(), source(other).splitlines(), n=0, lineterm="")
+    return sum(line[0] in "+-" and not line.startswith(("+++", "---")) for line in diff)
+
+
+@pytest.mark.parametrize("pair", BUDGETS, ids="-".join)
+def test_diff_shows_the_algorithm_alone(pair):
+    assert changed_lines(*pair) <= BUDGETS[pair]
+
+
+@pytest.mark.parametrize("script", [PAAC, *Q_SCRIPTS])
+def test_one_script_one_algorithm(script):
+    """No switch between algorithms, nothing imported from this repository."""
+    text = source(script)
+    assert "if algorithm" not in text and "args.algorithm" not in text
+    local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]} | {"utils"}
+    imported = {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert not local & {name.split(".")[0] for name in imported}

@@ -1,0 +1,198 @@
+"""The value-based scripts: targets, exploration, target network and loss against numbers worked out by hand."""
+
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL
+from games import Scripted
+
+Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
+ONE_STEP = Q_SCRIPTS[1:]
+
+
+@pytest.fixture(params=Q_SCRIPTS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("name", ONE_STEP)
+def test_targets_by_hand(name):
+    """gamma 0.5: goes on, goes on with a reward, terminated, truncated, and both at once, which is terminated."""
+    compute_targets = importlib.import_module(name).compute_targets
+    rewards = torch.tensor([[0.0, 1.0, -1.0, 1.0, 1.0]])
+    terminations = torch.tensor([[False, False, True, False, True]])
+    truncations = torch.tensor([[False, False, False, True, True]])
+    final_values = torch.tensor([[1e6, 1e6, 1e6, 40.0, 40.0]])
+    next_values = torch.tensor([[8.0, 8.0, 1e6, 1e6, 1e6]])
+    targets = compute_targets(rewards, terminations, truncations, final_values, next_values, 0.5)
+    assert targets.tolist() == [[4.0, 5.0, -1.0, 21.0, 1.0]]
+
+
+def test_one_step_returns_are_the_one_step_targets():
+    """n-step Q's returns of a single step and one-step Q's targets are written differently, but the same."""
+    nstep, one_step = (importlib.import_module(name) for name in Q_SCRIPTS[:2])
+    generator = torch.Generator().manual_seed(0)
+    rewards, final_values, next_values = torch.randn(3, 7, 50, generator=generator)
+    terminations, truncations = torch.rand(2, 7, 50, generator=generator) < 0.3
+    targets = one_step.compute_targets(rewards, terminations, truncations, final_values, next_values, 0.9)
+    for t in range(7):
+        step = (x[t : t + 1] for x in (rewards, terminations, truncations, final_values))
+        torch.testing.assert_close(nstep.compute_returns(*step, next_values[t], 0.9)[0], targets[t])
+
+
+def test_loss_and_gradient_without_autograd(script):
+    generator = torch.Generator().manual_seed(0)
+    q_values = torch.randn(5, 8, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    actions = torch.randint(6, (5, 8), generator=generator)
+    targets = torch.randn(5, 8, generator=generator, dtype=torch.float64)
+    loss = script.compute_loss(q_values, actions, targets)
+    loss.backward()
+    q, a, y = q_values.detach().numpy(), np.eye(6)[actions.numpy()], targets.numpy()
+    error = (q * a).sum(-1) - y
+    np.testing.assert_allclose(loss.item(), np.mean(error**2), rtol=1e-10)
+    np.testing.assert_allclose(q_values.grad.numpy(), 2 * error[..., None] * a / 40, rtol=1e-10)
+
+
+def test_epsilon_greedy(script):
+    """Random with probability epsilon, each game with its own; a random action may be the best one."""
+    torch.manual_seed(0)
+    epsilons = torch.tensor([0.0, 0.1, 0.5, 1.0]).repeat_interleave(100_000)
+    q_values = torch.tensor([0.0, 3.0, 2.0, 1.0]).expand(len(epsilons), 4)
+    actions = script.epsilon_greedy(q_values, epsilons).view(4, 100_000)
+    shares = torch.stack([(actions == a).float().mean(1) for a in range(4)], 1)
+    for epsilon, share in zip((0.0, 0.1, 0.5, 1.0), shares):
+        expected = torch.tensor([0.25 * epsilon] * 4) + torch.tensor([0.0, 1 - epsilon, 0.0, 0.0])
+        torch.testing.assert_close(share, expected, rtol=0, atol=0.005)
+
+
+class Reader(torch.nn.Module):
+    """In the network's place: Q(s, a) is the number that Scripted wrote on the observation, plus 0.5 for action 1, the best."""
+
+    def __init__(self, *args):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, obs):
+        number = obs.flatten(0, -4)[:, 3, 0, 0].float() * self.weight
+        return torch.stack([number, number + 0.5], 1)
+
+
+@pytest.fixture
+def recorded(script, monkeypatch, tmp_path):
+    """recorded(*flags) trains on Scripted with Reader and returns, per update, what reached the targets and the loss, the weight
+    of network and target network at the time of the loss; and the epsilons of every choice."""
+    rollouts, epsilons, target = [], [], []
+    name = "compute_returns" if hasattr(script, "compute_returns") else "compute_targets"
+    compute_targets, compute_loss, epsilon_greedy = getattr(script, name), script.compute_loss, script.epsilon_greedy
+
+    def record_targets(*inputs):
+        names = ("rewards", "terminations", "truncations", "final_values", "next_values", "gamma")
+        rollouts.append({k: x.clone() if torch.is_tensor(x) else x for k, x in zip(names, inputs)})
+        return compute_targets(*inputs)
+
+    def record_loss(q_values, actions, targets):
+        rollouts[-1] |= {"q_values": q_values.detach().clone(), "actions": actions.clone(), "targets": targets.clone()}
+        rollouts[-1] |= {"target_weight": target[0].weight.item(), "weight": agents[0].weight.item()}
+        return compute_loss(q_values, actions, targets)
+
+    def record_epsilons(q_values, eps):
+        epsilons.append(eps.clone())
+        return epsilon_greedy(q_values, eps)
+
+    def deepcopy(agent):
+        agents.append(agent)
+        target.append(Reader())
+        target[0].load_state_dict(agent.state_dict())
+        return target[0]
+
+    agents = []
+    monkeypatch.setattr(script, name, record_targets)
+    monkeypatch.setattr(script, "compute_loss", record_loss)
+    monkeypatch.setattr(script, "epsilon_greedy", record_epsilons)
+    monkeypatch.setattr(script, "copy", SimpleNamespace(deepcopy=deepcopy))
+    monkeypatch.setattr(script, "Agent", Reader)
+    monkeypatch.setattr(Scripted, "created", 0)
+    monkeypatch.chdir(tmp_path)
+
+    def train(*flags):
+        script.train(script.parse_args([*SMALL, "--num-workers", "0", *flags]), Scripted)
+        return rollouts, epsilons
+
+    return train
+
+
+def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
+    """Every Q-value belongs to the observation acted on, every reward to its action, what follows a step to the observation
+    after it, at a time limit to the game's last one. Sarsa's targets differ from Q's exactly where the next action is not the
+    best."""
+    rollouts, _ = recorded("--total-timesteps", "400", "--learning-rate", "0", "--exploration-steps", "1000000")
+    assert len(rollouts) == 20
+    sarsa, nstep = "sarsa" in script.__name__, "nstep" in script.__name__
+    shown, played = np.ones(4), np.zeros(4, int)  # the number on the current observation; steps in the current episode
+    differing = 0
+    for i, r in enumerate(rollouts):
+        bootstraps = []
+        for t in range(5):
+            np.testing.assert_array_equal(r["q_values"][t], np.stack([shown, shown + 0.5], 1))
+            np.testing.assert_array_equal(r["rewards"][t], np.where(r["actions"][t] == 1, 1.0, -0.5))
+            shown, played = shown + 1, played + 1
+            over = played == 3 + np.arange(4)
+            cut = over & (np.arange(4) % 2 == 1)
+            np.testing.assert_array_equal(r["terminations"][t], over & ~cut)
+            np.testing.assert_array_equal(r["truncations"][t], cut)
+            final = r["final_values"][t].numpy()
+            if sarsa:  # of an action that is drawn but never taken
+                assert np.isin(final[cut] - shown[cut], (0, 0.5)).all()
+            else:
+                np.testing.assert_array_equal(final[cut], shown[cut] + 0.5)
+            before, last_shown = over, shown
+            shown, played = shown + over, np.where(over, 0, played)  # the new game's first observation
+            following = shown + 0.5
+            if sarsa and (t < 4 or i < 19):
+                taken = (r["actions"][t + 1] if t < 4 else rollouts[i + 1]["actions"][0]).numpy()
+                following = shown + 0.5 * taken
+                differing += (taken == 0).sum()
+            if not nstep and not (sarsa and t == 4 and i == 19):
+                np.testing.assert_array_equal(r["next_values"][t], following)
+            bootstraps.append((before, cut, final, following, last_shown))
+        if nstep:
+            np.testing.assert_array_equal(r["next_values"], shown + 0.5)
+            after = shown + 0.5
+            for t in reversed(range(5)):
+                over, cut, final, *_ = bootstraps[t]
+                after = r["rewards"][t].numpy() + 0.99 * np.where(over, np.where(cut, final, 0), after)
+                np.testing.assert_allclose(r["targets"][t], after, rtol=1e-5, atol=1e-5)
+        else:
+            for t in range(5):
+                over, cut, final, *_ = bootstraps[t]
+                after = np.where(over, np.where(cut, final, 0), r["next_values"][t])
+                np.testing.assert_allclose(r["targets"][t], r["rewards"][t].numpy() + 0.99 * after, rtol=1e-5, atol=1e-5)
+    assert not sarsa or differing > 50
+
+
+def test_epsilon_of_each_game_over_time(recorded):
+    """From 1 to its final epsilon within --exploration-steps, then constant; final epsilons go round the games."""
+    _, epsilons = recorded(
+        "--total-timesteps", "400", "--exploration-steps", "200", "--final-epsilons", "0.1", "0.02", "0.5", "--learning-rate", "0"
+    )
+    final = torch.tensor([0.1, 0.02, 0.5, 0.1])
+    seen = torch.stack(epsilons).unique(dim=0).flip(0)
+    assert len(seen) == 11  # constant within an update of 20 steps, and from 200 steps on
+    for update, eps in enumerate(seen):
+        torch.testing.assert_close(eps, 1 + (final - 1) * update / 10)
+
+
+def test_default_final_epsilons_are_the_papers_distribution(script):
+    counts = {epsilon: script.Args.final_epsilons.count(epsilon) for epsilon in script.Args.final_epsilons}
+    assert counts == {0.1: 4, 0.01: 3, 0.5: 3}
+
+
+def test_target_network_changes_only_when_due(recorded):
+    rollouts, _ = recorded("--total-timesteps", "400", "--target-interval", "100", "--optimizer", "rmsprop")
+    weights = [r["weight"] for r in rollouts]
+    assert len(set(weights)) == 20  # the network itself changes in every update
+    for update, r in enumerate(rollouts):
+        assert r["target_weight"] == weights[update // 5 * 5]
