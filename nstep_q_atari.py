@@ -359,7 +359,8 @@ def parse_args(argv=None):
 
 
 def train(args, env_class=AtariEnv):
-    threading.excepthook = lambda _: None  # TensorBoard's thread dies on a full disk; the warning below says it shorter
+    # TensorBoard's thread dies on a full disk; the warning below says it shorter
+    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)
     stop_signals = []
     for signum in STOP_SIGNALS:  # the first one is noted, a second one ends the process at once
         signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))
@@ -471,7 +472,7 @@ def train(args, env_class=AtariEnv):
                 scalars = {"charts/SPS": speed, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
                 scalars |= {f"time/{part}": seconds / spent.total() for part, seconds in spent.items()}
                 scalars |= {"losses/td_loss": loss, "losses/q_values": q_values.mean(), "losses/grad_norm": grad_norm}
-                scalars |= {"charts/epsilon": epsilons.mean()}
+                scalars["charts/epsilon"] = epsilons.mean()
                 if episodes:
                     scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
                 if not writer:

@@ -362,7 +362,8 @@ def parse_args(argv=None):
 
 
 def train(args, env_class=AtariEnv):
-    threading.excepthook = lambda _: None  # TensorBoard's thread dies on a full disk; the warning below says it shorter
+    # TensorBoard's thread dies on a full disk; the warning below says it shorter
+    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)
     stop_signals = []
     for signum in STOP_SIGNALS:  # the first one is noted, a second one ends the process at once
         signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))

@@ -5,9 +5,9 @@ import difflib
 from itertools import zip_longest
 
 import pytest
-from conftest import ROOT
+from conftest import Q_SCRIPTS, ROOT
 
-PAAC, *Q_SCRIPTS = ["paac_atari", "nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
+PAAC = "paac_atari"
 SHARED = ["AtariEnv", "AtariWorker", "LocalEnvs", "make_envs", "close_envs", "RMSpropTF", "save_checkpoint", "load_checkpoint"]
 SHARED += ["fail", "parse_args"]
 PAIRS = [(PAAC, script, SHARED) for script in Q_SCRIPTS]

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import Q_SCRIPTS, SMALL
 from games import Scripted
 
-Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 ONE_STEP = Q_SCRIPTS[1:]
 
 
@@ -84,7 +83,7 @@ class Reader(torch.nn.Module):
 def recorded(script, monkeypatch, tmp_path):
     """recorded(*flags) trains on Scripted with Reader and returns, per update, what reached the targets and the loss, the weight
     of network and target network at the time of the loss; and the epsilons of every choice."""
-    rollouts, epsilons, target = [], [], []
+    rollouts, epsilons, agents, targets = [], [], [], []
     name = "compute_returns" if hasattr(script, "compute_returns") else "compute_targets"
     compute_targets, compute_loss, epsilon_greedy = getattr(script, name), script.compute_loss, script.epsilon_greedy
 
@@ -93,10 +92,10 @@ def recorded(script, monkeypatch, tmp_path):
         rollouts.append({k: x.clone() if torch.is_tensor(x) else x for k, x in zip(names, inputs)})
         return compute_targets(*inputs)
 
-    def record_loss(q_values, actions, targets):
-        rollouts[-1] |= {"q_values": q_values.detach().clone(), "actions": actions.clone(), "targets": targets.clone()}
-        rollouts[-1] |= {"target_weight": target[0].weight.item(), "weight": agents[0].weight.item()}
-        return compute_loss(q_values, actions, targets)
+    def record_loss(q_values, actions, returns):
+        rollouts[-1] |= {"q_values": q_values.detach().clone(), "actions": actions.clone(), "targets": returns.clone()}
+        rollouts[-1] |= {"target_weight": targets[0].weight.item(), "weight": agents[0].weight.item()}
+        return compute_loss(q_values, actions, returns)
 
     def record_epsilons(q_values, eps):
         epsilons.append(eps.clone())
@@ -104,11 +103,10 @@ def recorded(script, monkeypatch, tmp_path):
 
     def deepcopy(agent):
         agents.append(agent)
-        target.append(Reader())
-        target[0].load_state_dict(agent.state_dict())
-        return target[0]
+        targets.append(Reader())
+        targets[0].load_state_dict(agent.state_dict())
+        return targets[0]
 
-    agents = []
     monkeypatch.setattr(script, name, record_targets)
     monkeypatch.setattr(script, "compute_loss", record_loss)
     monkeypatch.setattr(script, "epsilon_greedy", record_epsilons)
@@ -134,7 +132,7 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
     shown, played = np.ones(4), np.zeros(4, int)  # the number on the current observation; steps in the current episode
     differing = 0
     for i, r in enumerate(rollouts):
-        bootstraps = []
+        ends = []
         for t in range(5):
             np.testing.assert_array_equal(r["q_values"][t], np.stack([shown, shown + 0.5], 1))
             np.testing.assert_array_equal(r["rewards"][t], np.where(r["actions"][t] == 1, 1.0, -0.5))
@@ -148,7 +146,6 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
                 assert np.isin(final[cut] - shown[cut], (0, 0.5)).all()
             else:
                 np.testing.assert_array_equal(final[cut], shown[cut] + 0.5)
-            before, last_shown = over, shown
             shown, played = shown + over, np.where(over, 0, played)  # the new game's first observation
             following = shown + 0.5
             if sarsa and (t < 4 or i < 19):
@@ -157,17 +154,17 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
                 differing += (taken == 0).sum()
             if not nstep and not (sarsa and t == 4 and i == 19):
                 np.testing.assert_array_equal(r["next_values"][t], following)
-            bootstraps.append((before, cut, final, following, last_shown))
+            ends.append((over, cut, final))
         if nstep:
             np.testing.assert_array_equal(r["next_values"], shown + 0.5)
             after = shown + 0.5
             for t in reversed(range(5)):
-                over, cut, final, *_ = bootstraps[t]
+                over, cut, final = ends[t]
                 after = r["rewards"][t].numpy() + 0.99 * np.where(over, np.where(cut, final, 0), after)
                 np.testing.assert_allclose(r["targets"][t], after, rtol=1e-5, atol=1e-5)
         else:
             for t in range(5):
-                over, cut, final, *_ = bootstraps[t]
+                over, cut, final = ends[t]
                 after = np.where(over, np.where(cut, final, 0), r["next_values"][t])
                 np.testing.assert_allclose(r["targets"][t], r["rewards"][t].numpy() + 0.99 * after, rtol=1e-5, atol=1e-5)
     assert not sarsa or differing > 50

@@ -49,11 +49,10 @@ def load_agent(path, greedy, epsilon, device):
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(checkpoint["script"])
     args = replace(script.Args(**checkpoint["args"]), terminal_on_life_loss=False)
-    num_actions = script.AtariEnv(args.env_id).action_space.n
+    is_policy = "policy.bias" in checkpoint["agent"]
+    num_actions = len(checkpoint["agent"]["policy.bias" if is_policy else "q.bias"])
     agent = script.Agent(num_actions, args.arch, bf16=args.bf16).to(device)
     agent.load_state_dict(checkpoint["agent"])
-
-    is_policy = hasattr(agent, "policy")
     if is_policy:
         name = "greedy" if greedy else "sampled"
     else:
