@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["paac_atari"]
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
+SCRIPTS = ["paac_atari", *Q_SCRIPTS]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A run of a few seconds: 4 games, 2 workers, a few updates of 4 x 5 steps.

@@ -75,3 +75,16 @@ class Scripted:
 
     def get_state(self):
         return {}
+
+
+def scripted_steps(num_envs):
+    """What Scripted's games show in each step: the number on the observation acted on and on the one after it, whether that was
+    the game's end or the time limit, and the number on the observation acted on next. All (num_envs,)"""
+    game = np.arange(num_envs)
+    shown, played = np.ones(num_envs), np.zeros(num_envs, int)
+    while True:
+        played += 1
+        over = played == 3 + game
+        next_shown = shown + 1 + over  # after the end, the new game's first observation
+        yield shown, shown + 1, over & (game % 2 == 0), over & (game % 2 == 1), next_shown
+        shown, played = next_shown, np.where(over, 0, played)

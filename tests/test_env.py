@@ -1,4 +1,5 @@
-"""AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each for itself."""
+"""AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each for itself. PAAC's are
+tested; test_drift.py holds those of the other scripts to the same text."""
 
 import gymnasium as gym
 import numpy as np
@@ -7,14 +8,16 @@ from conftest import SMALL
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
+import paac_atari
+
 # Screens of 210, 210, 250, 214 and 210 lines; the v5 ones with sticky actions.
 GAMES = ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "ALE/AirRaid-v5", "ALE/Carnival-v5", "ALE/Qbert-v5"]
 
 
 @pytest.mark.parametrize("life_loss", [False, True])
 @pytest.mark.parametrize("env_id", GAMES)
-def test_equals_gymnasium_preprocessing(script, env_id, life_loss):
-    ours = script.AtariEnv(env_id, 4, life_loss)
+def test_equals_gymnasium_preprocessing(env_id, life_loss):
+    ours = paac_atari.AtariEnv(env_id, 4, life_loss)
     preprocessed = AtariPreprocessing(gym.make(env_id, frameskip=1), terminal_on_life_loss=life_loss)
     theirs = FrameStackObservation(preprocessed, 4)
     actions = np.random.default_rng(0)
@@ -29,15 +32,15 @@ def test_equals_gymnasium_preprocessing(script, env_id, life_loss):
             np.testing.assert_array_equal(ours.reset()[0], theirs.reset()[0])
 
 
-def test_passes_the_env_checker(script):
-    env = script.AtariEnv("PongNoFrameskip-v4", render_mode="rgb_array")
+def test_passes_the_env_checker():
+    env = paac_atari.AtariEnv("PongNoFrameskip-v4", render_mode="rgb_array")
     check_env(env, skip_render_check=True)
     assert env.render().shape == (210, 160, 3)
 
 
 @pytest.mark.parametrize("env_id, sticky", [("PongNoFrameskip-v4", 0.0), ("ALE/Pong-v5", 0.25)])
-def test_sticky_actions_follow_the_id(script, env_id, sticky):
-    env = script.AtariEnv(env_id)
+def test_sticky_actions_follow_the_id(env_id, sticky):
+    env = paac_atari.AtariEnv(env_id)
     assert env.ale.getFloat("repeat_action_probability") == pytest.approx(sticky)
 
     def play(seed):
@@ -54,8 +57,8 @@ def test_sticky_actions_follow_the_id(script, env_id, sticky):
     assert (play(one) == play(two)).all() == (sticky == 0)
 
 
-def test_life_loss_does_not_restart_the_game(script):
-    env = script.AtariEnv("BreakoutNoFrameskip-v4", terminal_on_life_loss=True)
+def test_life_loss_does_not_restart_the_game():
+    env = paac_atari.AtariEnv("BreakoutNoFrameskip-v4", terminal_on_life_loss=True)
     env.reset(seed=1)
     generator, lives, frames, score = np.random.default_rng(0), [env.ale.lives()], 0, 0.0
     while not env.game_over:
@@ -69,8 +72,8 @@ def test_life_loss_does_not_restart_the_game(script):
     assert env.episode_return == score  # of all lives
 
 
-def test_time_limit_is_a_truncation(script):
-    env = script.AtariEnv("PongNoFrameskip-v4")
+def test_time_limit_is_a_truncation():
+    env = paac_atari.AtariEnv("PongNoFrameskip-v4")
     env.ale.setInt("max_num_frames_per_episode", 402)  # 402 falls inside a repeat of 4
     env.reset(seed=3)
     outcomes = []
@@ -82,8 +85,8 @@ def test_time_limit_is_a_truncation(script):
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "QbertNoFrameskip-v4", "ALE/Breakout-v5", "ALE/Seaquest-v5"])
-def test_restored_game_goes_on_exactly(script, env_id):
-    live, restored = script.AtariEnv(env_id, 4, True), script.AtariEnv(env_id, 4, True)
+def test_restored_game_goes_on_exactly(env_id):
+    live, restored = paac_atari.AtariEnv(env_id, 4, True), paac_atari.AtariEnv(env_id, 4, True)
     live.reset(seed=1)
     restored.reset(seed=2)
     actions = np.random.default_rng(0)
@@ -104,13 +107,13 @@ def test_restored_game_goes_on_exactly(script, env_id):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_play_the_same_as_single_games(script, num_workers):
+def test_workers_play_the_same_as_single_games(num_workers):
     """Each game gets its own action once per step, restarts by itself, and shows up in its own place."""
-    args = script.parse_args([*SMALL, "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
-    envs = script.make_envs(args)
+    args = paac_atari.parse_args([*SMALL, "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
+    envs = paac_atari.make_envs(args)
     envs.call_async("start", 7, None)
     obs = np.stack(envs.call_wait(60))
-    singles = [script.AtariEnv(args.env_id, 4, True) for _ in range(4)]
+    singles = [paac_atari.AtariEnv(args.env_id, 4, True) for _ in range(4)]
     for game, env in enumerate(singles):
         seed = int(np.random.SeedSequence([7, game]).generate_state(1, np.uint64)[0])
         np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], env.reset(seed=seed)[0])
@@ -129,17 +132,17 @@ def test_workers_play_the_same_as_single_games(script, num_workers):
             np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], single_obs)
     envs.call_async("report", False)
     episodes = [episode for report in envs.call_wait(60) for episode in report[0]]
-    script.close_envs(envs)
+    paac_atari.close_envs(envs)
     assert len(scores) >= 4
     assert sorted(episodes) == sorted(scores)
 
 
-def test_generators_are_distinct(script):
+def test_generators_are_distinct():
     """No two games of any worker share their random numbers, and neither do neighbouring seeds."""
-    streams, args = [], script.parse_args([*SMALL, "--num-envs", "8", "--num-workers", "0"])
+    streams, args = [], paac_atari.parse_args([*SMALL, "--num-envs", "8", "--num-workers", "0"])
     for seed in (1, 2, 3):
         for first_game in (0, 8):
-            worker = script.make_envs(args, first_game=first_game)
+            worker = paac_atari.make_envs(args, first_game=first_game)
             worker.start(seed, None)
             streams += [tuple(env.atari.np_random.integers(0, 2**62, 4)) for env in worker.envs]
     assert len(set(streams)) == len(streams) == 48
@@ -150,11 +153,11 @@ def all_games():
     return [i for i in ids if i.startswith("ALE/")], [i for i in ids if i.endswith("NoFrameskip-v4")]
 
 
-def test_all_games_start_and_step(script):
+def test_all_games_start_and_step():
     v5, noframeskip = all_games()
     assert (len(v5), len(noframeskip)) == (104, 62)
     for env_id in v5 + noframeskip:
-        env = script.AtariEnv(env_id)
+        env = paac_atari.AtariEnv(env_id)
         obs, _ = env.reset(seed=0)
         for action in range(env.action_space.n):
             obs, _, terminated, truncated, _ = env.step(action)

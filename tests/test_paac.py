@@ -1,10 +1,12 @@
 """PAAC: returns, loss, gradients and optimiser against numbers worked out by hand or by an independent reference."""
 
+from itertools import islice
+
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL
-from games import Scripted
+from games import Scripted, scripted_steps
 
 import paac_atari
 
@@ -169,24 +171,18 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
     paac_atari.train(args, Scripted)
 
     assert len(rollouts) == -(-240 // (4 * num_steps))
-    shown, played = np.ones(4), np.zeros(4, int)  # the number on the current observation; steps in the current episode
+    games = scripted_steps(4)
     for rewards, terminations, truncations, final_values, next_value, gamma, values, actions, returns in rollouts:
         assert gamma == 0.99
-        expected = []
-        for t in range(num_steps):
+        steps = list(islice(games, num_steps))
+        for t, (shown, last_shown, over, cut, _) in enumerate(steps):
             np.testing.assert_array_equal(values[t], shown)
             np.testing.assert_array_equal(rewards[t], np.where(actions[t] == 1, 1.0, -0.5))  # 3 was clipped to 1
-            shown, played = shown + 1, played + 1
-            over = played == 3 + np.arange(4)
-            np.testing.assert_array_equal(terminations[t], over & (np.arange(4) % 2 == 0))
-            np.testing.assert_array_equal(truncations[t], over & (np.arange(4) % 2 == 1))
-            np.testing.assert_array_equal(final_values[t][truncations[t]], shown[truncations[t]])
-            expected.append((over, shown.copy()))
-            shown, played = shown + over, np.where(over, 0, played)  # the new game's first observation
-        np.testing.assert_array_equal(next_value, shown)
-        after = shown
-        for t in reversed(range(num_steps)):
-            over, last_shown = expected[t]
-            after = np.where(over, np.where(np.arange(4) % 2 == 1, last_shown, 0), after)
-            after = rewards[t].numpy() + 0.99 * after
+            np.testing.assert_array_equal(terminations[t], over)
+            np.testing.assert_array_equal(truncations[t], cut)
+            np.testing.assert_array_equal(final_values[t][cut], last_shown[cut])
+        after = steps[-1][-1]
+        np.testing.assert_array_equal(next_value, after)
+        for t, (_, last_shown, over, cut, _) in reversed(list(enumerate(steps))):
+            after = rewards[t].numpy() + 0.99 * np.where(over, 0, np.where(cut, last_shown, after))
             np.testing.assert_allclose(returns[t], after, rtol=1e-5, atol=1e-5)

@@ -1,13 +1,14 @@
 """The value-based scripts: targets, exploration, target network and loss against numbers worked out by hand."""
 
 import importlib
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import Q_SCRIPTS, SMALL
-from games import Scripted
+from games import Scripted, scripted_steps
 
 ONE_STEP = Q_SCRIPTS[1:]
 
@@ -129,44 +130,29 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
     rollouts, _ = recorded("--total-timesteps", "400", "--learning-rate", "0", "--exploration-steps", "1000000")
     assert len(rollouts) == 20
     sarsa, nstep = "sarsa" in script.__name__, "nstep" in script.__name__
-    shown, played = np.ones(4), np.zeros(4, int)  # the number on the current observation; steps in the current episode
-    differing = 0
+    games, differing = scripted_steps(4), 0
     for i, r in enumerate(rollouts):
-        ends = []
-        for t in range(5):
+        steps = list(islice(games, 5))
+        for t, (shown, last_shown, over, cut, next_shown) in enumerate(steps):
             np.testing.assert_array_equal(r["q_values"][t], np.stack([shown, shown + 0.5], 1))
             np.testing.assert_array_equal(r["rewards"][t], np.where(r["actions"][t] == 1, 1.0, -0.5))
-            shown, played = shown + 1, played + 1
-            over = played == 3 + np.arange(4)
-            cut = over & (np.arange(4) % 2 == 1)
-            np.testing.assert_array_equal(r["terminations"][t], over & ~cut)
+            np.testing.assert_array_equal(r["terminations"][t], over)
             np.testing.assert_array_equal(r["truncations"][t], cut)
-            final = r["final_values"][t].numpy()
-            if sarsa:  # of an action that is drawn but never taken
-                assert np.isin(final[cut] - shown[cut], (0, 0.5)).all()
-            else:
-                np.testing.assert_array_equal(final[cut], shown[cut] + 0.5)
-            shown, played = shown + over, np.where(over, 0, played)  # the new game's first observation
-            following = shown + 0.5
-            if sarsa and (t < 4 or i < 19):
+            final = r["final_values"][t].numpy()[cut] - last_shown[cut]
+            assert np.isin(final, (0, 0.5)).all() if sarsa else (final == 0.5).all()  # Sarsa's action is drawn but never taken
+            if sarsa and not (t == 4 and i == 19):
                 taken = (r["actions"][t + 1] if t < 4 else rollouts[i + 1]["actions"][0]).numpy()
-                following = shown + 0.5 * taken
+                np.testing.assert_array_equal(r["next_values"][t], next_shown + 0.5 * taken)
                 differing += (taken == 0).sum()
-            if not nstep and not (sarsa and t == 4 and i == 19):
-                np.testing.assert_array_equal(r["next_values"][t], following)
-            ends.append((over, cut, final))
+            elif not nstep and not sarsa:
+                np.testing.assert_array_equal(r["next_values"][t], next_shown + 0.5)
         if nstep:
-            np.testing.assert_array_equal(r["next_values"], shown + 0.5)
-            after = shown + 0.5
-            for t in reversed(range(5)):
-                over, cut, final = ends[t]
-                after = r["rewards"][t].numpy() + 0.99 * np.where(over, np.where(cut, final, 0), after)
-                np.testing.assert_allclose(r["targets"][t], after, rtol=1e-5, atol=1e-5)
-        else:
-            for t in range(5):
-                over, cut, final = ends[t]
-                after = np.where(over, np.where(cut, final, 0), r["next_values"][t])
-                np.testing.assert_allclose(r["targets"][t], r["rewards"][t].numpy() + 0.99 * after, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(r["next_values"], steps[-1][-1] + 0.5)
+        after = r["next_values"].numpy()
+        for t, (_, _, over, cut, _) in reversed(list(enumerate(steps))):
+            after = after if nstep else r["next_values"][t].numpy()
+            after = r["rewards"][t].numpy() + 0.99 * np.where(over, 0, np.where(cut, r["final_values"][t], after))
+            np.testing.assert_allclose(r["targets"][t], after, rtol=1e-5, atol=1e-5)
     assert not sarsa or differing > 50
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, command, only_run, run, scalars
+from conftest import Q_SCRIPTS, ROOT, SMALL, command, only_run, run, scalars
 
 
 def parents():
@@ -199,7 +199,6 @@ def test_second_signal_stops_at_once(start):
 @pytest.mark.parametrize(
     "args, words",
     [
-        (["--env-id", "Breakou"], ["Breakou", "BreakoutNoFrameskip-v4"]),
         (["--env-id", "CartPole-v1"], ["CartPole-v1 is no Atari game"]),
         (["--num-envs", "32", "--num-workers", "5"], ["--num-envs 32", "--num-workers 5"]),
         (["--num-envs", "0"], ["--num-envs cannot be 0"]),
@@ -209,18 +208,26 @@ def test_second_signal_stops_at_once(start):
         (["--resume", "runs/nowhere"], ["runs/nowhere", "missing"]),
     ],
 )
-def test_bad_arguments_get_one_line(script, tmp_path, args, words):
-    result = run(command(script, *args), tmp_path)
+def test_bad_arguments_get_one_line(script, capsys, args, words):
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(args)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1, error
+    assert all(word in error for word in words), error
+
+
+def test_mistyped_game_from_the_command_line(script, tmp_path):
+    result = run(command(script, "--env-id", "Breakou"), tmp_path)
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+    assert result.stderr.count("\n") == 1 and "BreakoutNoFrameskip-v4" in result.stderr, result.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("args", [["--arch", "resnet"], ["--no-such-flag"]])
-def test_wrong_flags_get_the_parsers_box(script, tmp_path, args):
-    result = run(command(script, *args), tmp_path)
-    assert result.returncode == 2 and "Traceback" not in result.stderr and args[0] in result.stderr + result.stdout
+def test_wrong_flags_get_the_parsers_box(script, capsys, args):
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(args)
+    assert stopped.value.code == 2 and args[0] in "".join(capsys.readouterr())
 
 
 class Malicious:
@@ -326,14 +333,15 @@ def test_unwritable_folder_is_a_warning(script, tmp_path):
 
 
 def test_nothing_survives_a_killed_learner(start):
-    shared_memory = set(os.listdir("/dev/shm"))
     r = start()
     r.wait_for_output(" steps/s")
     family = descendants(r.pid)
+    mapped = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in family)
+    shared_memory = {line.split(maxsplit=5)[5] for line in mapped.splitlines() if "/dev/shm/" in line}
     assert len(workers(r.pid)) == 2
     os.kill(r.pid, signal.SIGKILL)
     wait_for(lambda: not family & parents().keys(), 5)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert not any(map(os.path.exists, shared_memory))
     assert "Traceback" not in r.log.read_text()
 
 
@@ -341,7 +349,8 @@ def test_nothing_survives_a_killed_learner(start):
 
 
 def test_learns_a_small_image_game(script, tmp_path):
-    """Catch at 84 x 84 on two workers: random play scores -0.8, the optimum is 1."""
+    """Catch at 84 x 84 on two workers: random play scores -0.8, the optimum is 1, at 1 % random actions a little less."""
+    greedy = ["--exploration-steps", 20_000, "--final-epsilons", 0.01, "--target-interval", 2000]
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         f"import {script.__name__} as script, games\n"
@@ -349,7 +358,8 @@ def test_learns_a_small_image_game(script, tmp_path):
         "    script.train(script.parse_args(), games.Catch)\n"
     )
     (tmp_path / "catch.py").write_text(code)
-    result = run([sys.executable, "catch.py", "--total-timesteps", 60_000, "--no-anneal-lr"], tmp_path, timeout=600)
+    args = ["--total-timesteps", 60_000, "--no-anneal-lr", *(greedy if script.__name__ in Q_SCRIPTS else [])]
+    result = run([sys.executable, "catch.py", *args], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]
     assert scores[0][1] < -0.5
@@ -361,7 +371,8 @@ def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
     alone = [sys.executable, f"{script.__name__}.py", *SMALL, "--total-timesteps", 200]
     assert run(alone, tmp_path).returncode == 0
-    assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--init", "uniform", "--bf16"], tmp_path).returncode == 0
+    init = ["--init", "uniform"] if "init" in vars(script.Args()) else []
+    assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--bf16", *init], tmp_path).returncode == 0
     assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2
 
 
