@@ -77,6 +77,7 @@ class Args:  # the comments are the texts of --help
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
     epsilon: float = 1e-5  # of the optimizer (paper: 0.1)
     arch: Literal["nips", "nature"] = "nips"  # network of Mnih et al. 2013, or of 2015: 3 times the arithmetic
+    init: Literal["orthogonal", "uniform"] = "orthogonal"  # initial weights; uniform: +-1/sqrt(fan_in), the paper's
     bf16: bool = False  # run the network in bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
 
@@ -244,7 +245,7 @@ def close_envs(envs):
 class Agent(nn.Module):
     """Action values: `nips` (Mnih et al. 2013) or `nature` (Mnih et al. 2015)."""
 
-    def __init__(self, num_actions, arch="nips", bf16=False):
+    def __init__(self, num_actions, arch="nips", init="orthogonal", bf16=False):
         super().__init__()
         self.bf16 = bf16
         if arch == "nips":
@@ -254,6 +255,10 @@ class Agent(nn.Module):
             features, hidden = 64 * 7 * 7, 512
         self.trunk = nn.Sequential(*convs, nn.ReLU(), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU())
         self.q = nn.Linear(hidden, num_actions)
+        if init == "orthogonal":  # torch's own is the paper's
+            for layer in [m for m in self.modules() if hasattr(m, "weight")]:
+                nn.init.orthogonal_(layer.weight, {self.q: 1.0}.get(layer, 2**0.5))
+                nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)  # on a CPU, a third of the time for the convolutions' gradients
 
     def forward(self, obs):
@@ -368,7 +373,7 @@ def train(args, env_class=AtariEnv):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = make_envs(args, env_class)
-    agent = Agent(envs.single_action_space.nvec[0], args.arch, args.bf16).to(device)
+    agent = Agent(envs.single_action_space.nvec[0], args.arch, args.init, args.bf16).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
     final_epsilons = torch.tensor(args.final_epsilons, device=device).repeat(args.num_envs)[: args.num_envs]
     optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else partial(torch.optim.Adam, fused=True)

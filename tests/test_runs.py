@@ -349,8 +349,8 @@ def test_nothing_survives_a_killed_learner(start):
 
 
 def test_learns_a_small_image_game(script, tmp_path):
-    """Catch at 84 x 84 on two workers: random play scores -0.8, the optimum is 1, at 1 % random actions a little less."""
-    greedy = ["--exploration-steps", 20_000, "--final-epsilons", 0.01, "--target-interval", 2000]
+    """Catch at 84 x 84 on two workers: random play scores -0.8, the optimum is 1, with 2 % random actions about 0.97."""
+    greedy = ["--exploration-steps", 20_000, "--final-epsilons", 0.02, "--target-interval", 1000]
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         f"import {script.__name__} as script, games\n"
@@ -358,7 +358,7 @@ def test_learns_a_small_image_game(script, tmp_path):
         "    script.train(script.parse_args(), games.Catch)\n"
     )
     (tmp_path / "catch.py").write_text(code)
-    args = ["--total-timesteps", 60_000, "--no-anneal-lr", *(greedy if script.__name__ in Q_SCRIPTS else [])]
+    args = ["--total-timesteps", 80_000, "--no-anneal-lr", *(greedy if script.__name__ in Q_SCRIPTS else [])]
     result = run([sys.executable, "catch.py", *args], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]
@@ -371,8 +371,7 @@ def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
     alone = [sys.executable, f"{script.__name__}.py", *SMALL, "--total-timesteps", 200]
     assert run(alone, tmp_path).returncode == 0
-    init = ["--init", "uniform"] if "init" in vars(script.Args()) else []
-    assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--bf16", *init], tmp_path).returncode == 0
+    assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--init", "uniform", "--bf16"], tmp_path).returncode == 0
     assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2
 
 

@@ -3,13 +3,15 @@
     python utils/throughput.py                                        # about a quarter of an hour on 2 cores
     python utils/throughput.py --parts games --rounds 3               # the environments alone
     python utils/throughput.py --sb3-python /tmp/sb3/bin/python       # beside stable-baselines3, from its own venv
+    python utils/throughput.py --parts training --networks nips --scripts paac_atari nstep_q_atari  # one beside the other
 
-Three parts. games: the same games with random actions through four pipelines, in agent steps/s. training: the script at
---num-envs with both networks. sweep: training over the number of games with the time split of the PAAC paper's Figure 2.
+Three parts. games: the same games with random actions through four pipelines, in agent steps/s. training: the scripts at
+--num-envs with each of --networks. sweep: training over the number of games with the time split of the PAAC paper's Figure 2.
 Prints tables, writes throughput.json and, of the sweep, throughput.png. Run it on an otherwise idle machine.
 """
 
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -45,7 +47,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @dataclass
 class Args:
-    script: str = "paac_atari"  # the script to measure
+    scripts: list[str] = field(default_factory=lambda: ["paac_atari"])  # training: all of them; games and sweep: the first
     parts: list[Literal["games", "training", "sweep"]] = field(default_factory=lambda: ["games", "training", "sweep"])
     env_id: str = "BreakoutNoFrameskip-v4"  # the game
     num_envs: int = 32  # games in parallel, but for the sweep
@@ -54,6 +56,7 @@ class Args:
     seconds: float = 5.0  # length of a measurement of the games
     train_seconds: float = 20.0  # length of a measurement of training, after its start
     sweep: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])  # numbers of games
+    networks: list[str] = field(default_factory=lambda: ["nips", "nature", "nature-bf16"])  # training: these of them
     sb3_python: str | None = None  # python of a virtual environment with stable-baselines3[extra], for its A2C
     out: str = "throughput"  # name of the .json and the .png
 
@@ -94,7 +97,7 @@ def steps_per_second(step, num_envs, seconds):
 def game_pipelines(args):
     """{name: function that measures it once}, all started, and a function that ends them."""
     n, generator = args.num_envs, np.random.default_rng(0)
-    script = importlib.import_module(args.script)
+    script = importlib.import_module(args.scripts[0])
     run_args = script.Args(env_id=args.env_id, num_envs=n, num_workers=args.num_workers, terminal_on_life_loss=False)
     ours = script.make_envs(run_args)
     ours.call("start", 0, None)
@@ -171,11 +174,12 @@ def sb3_speed(args):
     return float(result.stdout.split()[-1])
 
 
-def train_speed(args, num_envs, *flags):
-    """Steps/s of the script, and which part of the time went to the games, to acting and to learning."""
+def train_speed(args, script, num_envs, network):
+    """Steps/s of a script, and which part of the time went to the games, to acting and to learning."""
     with tempfile.TemporaryDirectory() as folder:
-        cmd = [sys.executable, ROOT / f"{args.script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
-        cmd += ["--num-workers", args.num_workers, "--log-interval", 1000, *flags]
+        cmd = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
+        cmd += ["--num-workers", args.num_workers, "--log-interval", 1000]
+        cmd += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
         with open(Path(folder, "log"), "w") as log:
             process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
         while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
@@ -263,9 +267,9 @@ def main(args):
         report["games"] = table(f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines)))
     if "training" in args.parts:
         runs = {"A2C of stable-baselines3, nature": lambda: sb3_speed(args)} if args.sb3_python else {}
-        for name, flags in {"nips": ["--arch", "nips"], "nature": ["--arch", "nature"]}.items():
-            runs[f"{args.script}, {name}"] = lambda flags=flags: train_speed(args, args.num_envs, *flags)[0]
-        runs[f"{args.script}, nature, bf16"] = lambda: train_speed(args, args.num_envs, "--arch", "nature", "--bf16")[0]
+        for script, network in itertools.product(args.scripts, args.networks):
+            flags = (args, script, args.num_envs, network)
+            runs[f"{script}, {network}"] = lambda flags=flags: train_speed(*flags)[0]
         speeds = {name: [] for name in runs}
         for _ in range(args.rounds):
             for name, measure in runs.items():
@@ -276,11 +280,11 @@ def main(args):
         print("\n| games | network | steps/s | games % | acting % | learning % |\n|--:|:--|--:|--:|--:|--:|")
         for num_envs in args.sweep:
             for arch in ("nips", "nature"):
-                speed, split = train_speed(args, num_envs, "--arch", arch)
+                speed, split = train_speed(args, args.scripts[0], num_envs, arch)
                 shares = " | ".join(f"{100 * split[part]:.0f}" for part in ("env", "act", "learn"))
                 print(f"| {num_envs} | {arch} | {speed:,.0f} | {shares} |", flush=True)
                 report["sweep"].append({"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split})
-        figure(report["sweep"], f"{args.out}.png", f"{args.script} on {report['hardware']['cores']} cores")
+        figure(report["sweep"], f"{args.out}.png", f"{args.scripts[0]} on {report['hardware']['cores']} cores")
     Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{args.out}.json")
 
