@@ -66,16 +66,16 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float = 1.5e-3  # at the start
+    learning_rate: float = 4e-4  # at the start
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    final_epsilons: tuple[float, ...] = (0.1, 0.01, 0.5, 0.1, 0.01, 0.5, 0.1, 0.01, 0.5, 0.1)  # game i: number i mod 10 of these
-    exploration_steps: int = 1_000_000  # agent steps in which a game's share of random actions falls from 1 to its final epsilon
-    target_interval: int = 10_000  # agent steps between two updates of the target network
+    final_epsilons: tuple[float, ...] = (0.1,)  # shares of random actions in the end; the games take these numbers in turn
+    exploration_steps: int = 1_000_000  # agent steps in which a game's share of random actions falls from 1 to its final one
+    target_interval: int = 32_000  # agent steps, summed over the games, between two updates of the target network
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
-    epsilon: float = 1e-5  # of the optimizer (paper: 0.1)
+    optimizer_epsilon: float = 1e-5  # added to the root of the mean square; by rmsprop, inside it (paper: 0.1)
     arch: Literal["nips", "nature"] = "nips"  # network of Mnih et al. 2013, or of 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # initial weights; uniform: +-1/sqrt(fan_in), the paper's
     bf16: bool = False  # run the network in bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -377,7 +377,7 @@ def train(args, env_class=AtariEnv):
     target = copy.deepcopy(agent).requires_grad_(False)
     final_epsilons = torch.tensor(args.final_epsilons, device=device).repeat(args.num_envs)[: args.num_envs]
     optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else partial(torch.optim.Adam, fused=True)
-    optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.epsilon)
+    optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
     checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": [], "games": None}
     global_step, recent_scores, games = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100), checkpoint["games"]
     if args.resume:

@@ -73,7 +73,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
-    epsilon: float = 1e-5  # of the optimizer (paper: 0.1)
+    optimizer_epsilon: float = 1e-5  # added to the root of the mean square; by rmsprop, inside it (paper: 0.1)
     arch: Literal["nips", "nature"] = "nips"  # network of Mnih et al. 2013, or of 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # initial weights; uniform: +-1/sqrt(fan_in), the paper's
     bf16: bool = False  # run the network in bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -373,7 +373,7 @@ def train(args, env_class=AtariEnv):
     envs = make_envs(args, env_class)
     agent = Agent(envs.single_action_space.nvec[0], args.arch, args.init, args.bf16).to(device)
     optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else partial(torch.optim.Adam, fused=True)
-    optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.epsilon)
+    optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
     checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": [], "games": None}
     global_step, recent_scores, games = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100), checkpoint["games"]
     if args.resume:

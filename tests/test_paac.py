@@ -122,9 +122,21 @@ def test_network(arch, sizes):
         torch.testing.assert_close(alone[0], logits[game], rtol=1e-4, atol=1e-6)
 
 
-def test_network_init_of_the_paper():
+@pytest.mark.parametrize("arch", ["nips", "nature"])
+def test_network_init_by_default(script, arch):
+    """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the squared gain. Of all scripts."""
+    for name, layer in script.Agent(6, arch).named_modules():
+        if hasattr(layer, "weight"):
+            gain = {"policy": 0.01, "value": 1.0, "q": 1.0}.get(name, 2**0.5)
+            weight = layer.weight.detach().flatten(1)
+            weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
+            torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
+            assert not layer.bias.any()
+
+
+def test_network_init_of_the_paper(script):
     torch.manual_seed(0)
-    for layer in paac_atari.Agent(6, "nips", init="uniform").modules():
+    for layer in script.Agent(6, "nips", init="uniform").modules():
         if hasattr(layer, "weight"):
             bound = layer.weight[0].numel() ** -0.5
             for p in (layer.weight, layer.bias):
