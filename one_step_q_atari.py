@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
+multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "ale_py", "cv2", "tyro"])  # for the workers
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -214,9 +215,8 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
         return LocalEnvs(make_env, first_game, args.num_envs, os.getpid())
     k = args.num_envs // args.num_workers
     workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
-    # Not fork: when workers are replaced, torch's threads and CUDA run, and a forked child may deadlock. The fork server and,
+    # Not fork: when workers are replaced, the learner has threads and a GPU, and a forked child may hang. The fork server and,
     # from it, the workers ignore the signals that terminals and SLURM send to all processes: the learner decides.
-    multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "ale_py", "cv2", "tyro"])
     handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
     multiprocessing.forkserver.ensure_running()
     for signum, handler in zip(STOP_SIGNALS, handlers):
