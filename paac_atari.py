@@ -51,7 +51,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Args:  # the comments are the texts of --help
     exp_name: str = SCRIPT  # part of the run folder's name
     seed: int = 1  # of the network, the actions and all games
-    torch_deterministic: bool = True  # deterministic cuDNN kernels
+    torch_deterministic: bool = True  # deterministic kernels on a GPU
     cuda: bool = True  # use the GPU where there is one
     track: bool = False  # log to Weights & Biases, too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
     resume: str | None = None  # run folder to continue; auto: the newest one of the same arguments, else a new one
@@ -306,7 +306,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 
 
 def save_checkpoint(path, checkpoint):
-    """Replace the file in one step, so that there is a whole one at any time; the one before is kept as *.prev.pt."""
+    """Replace the file in one step, so that there is a whole one at any time; the one before is kept as checkpoint.prev"""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with open(path.with_suffix(".tmp"), "wb") as file:
@@ -314,8 +314,8 @@ def save_checkpoint(path, checkpoint):
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        path.with_suffix(".prev.pt").unlink(missing_ok=True)
-        os.link(path, path.with_suffix(".prev.pt"))
+        path.with_stem("checkpoint.prev").unlink(missing_ok=True)
+        os.link(path, path.with_stem("checkpoint.prev"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -325,8 +325,8 @@ def load_checkpoint(run_dir):
         assert path.open("rb").read(2) == b"PK"  # torch.save writes zip files
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing, wherever the file is from
         return checkpoint | {"args": Args(**checkpoint["args"])}
-    except Exception:  # torch.load raises nearly anything on a damaged file
-        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev.pt?")
+    except Exception:  # a damaged file raises nearly anything
+        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
 
 
 def fail(message):
@@ -403,8 +403,8 @@ def train(args, env_class=AtariEnv):
         # SCHEDULE
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
-        # ROLLOUT. The graphs of its forward passes are kept and the update goes back through them: the parameters do not change
-        # in between, so a second pass over the whole batch would only find the same numbers.
+        # ROLLOUT. The activations of its forward passes are kept and the update goes back through them: the parameters do not
+        # change in between, so a second pass over the whole batch would only find the same numbers.
         choices, outcomes, final_values = [], [], torch.zeros(args.num_steps, args.num_envs, device=device)
         try:
             if obs is None:  # at the start, and after a lost worker
