@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # a test per core runs at the same time: more threads would only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core runs a test already
 ROOT = Path(__file__).resolve().parent.parent
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 SCRIPTS = ["paac_atari", *Q_SCRIPTS]
