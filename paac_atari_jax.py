@@ -1,0 +1,525 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["jax>=0.7,<0.11", "flax>=0.11,<0.13", "optax>=0.2.6,<0.3", "gymnasium>=1.2.3,<1.5", "ale-py>=0.11.1,<0.13",
+#                 "numpy>=2,<3", "tyro>=0.9.2,<2", "opencv-python-headless>=4.10,<6", "tensorboard>=2.19,<3", "tqdm>=4.66,<5"]
+# ///
+"""PAAC: synchronous parallel n-step advantage actor-critic on Atari (Clemente et al. 2017, arXiv 1705.04862), in JAX.
+
+Many games on a few worker processes step together; one network acts for all of them in one batch and learns from it.
+
+    python paac_atari_jax.py --env-id BreakoutNoFrameskip-v4              # train; Ctrl-C writes a checkpoint and stops
+    python paac_atari_jax.py --resume runs/NAME                           # go on as if nothing had happened
+    python paac_atari_jax.py --env-id PongNoFrameskip-v4 --num-workers 0  # all games in this process, for a debugger
+"""
+
+import atexit
+import difflib
+import json
+import multiprocessing.forkserver
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import ale_py
+import cv2
+import flax.linen as nn
+import flax.serialization
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.summary.writer import event_file_writer
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
+multiprocessing.set_forkserver_preload(["optax", "flax.linen", "gymnasium", "ale_py", "cv2", "tyro"])  # for the workers
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class Args:  # the comments are the texts of --help
+    exp_name: str = SCRIPT  # part of the run folder's name
+    seed: int = 1  # of the network, the actions and all games
+    torch_deterministic: bool = True  # deterministic kernels on a GPU
+    cuda: bool = True  # use the GPU where there is one
+    track: bool = False  # log to Weights & Biases, too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
+    resume: str | None = None  # run folder to continue; auto: the newest one of the same arguments, else a new one
+    log_interval: int = 10_000  # agent steps between two points of the curves
+    checkpoint_interval: int = 500_000  # agent steps between two checkpoints
+
+    env_id: str = "BreakoutNoFrameskip-v4"  # any ALE game: XNoFrameskip-v4, or ALE/X-v5 (its actions stick: 25 % are repeated)
+    frame_skip: int = 4  # emulator frames per agent step (replaces the id's own)
+    terminal_on_life_loss: bool = True  # a lost life ends the return; the game goes on, and scores are those of whole games
+    num_envs: int = 32  # games played in parallel, n_e
+    num_workers: int | None = None  # processes they are split over, n_w; None: one per core; 0: none, the games live in this one
+    step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
+
+    total_timesteps: int = 10_000_000  # agent steps, summed over the games
+    learning_rate: float = 1.5e-3  # at the start
+    anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
+    num_steps: int = 5  # steps per game and update, t_max
+    gamma: float = 0.99  # discount per agent step
+    ent_coef: float = 0.01  # weight of the entropy, beta
+    vf_coef: float = 0.5  # weight of the values' squared error
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
+    optimizer_epsilon: float = 1e-5  # added to the root of the mean square; by rmsprop, inside it (paper: 0.1)
+    arch: Literal["nips", "nature"] = "nips"  # network of Mnih et al. 2013, or of 2015: 3 times the arithmetic
+    init: Literal["orthogonal", "uniform"] = "orthogonal"  # initial weights; uniform: +-1/sqrt(fan_in), the paper's
+    bf16: bool = False  # run the network in bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
+
+
+class AtariEnv(gym.Env):
+    """One Atari game as the DQN papers show it: observations are uint8 (4, 84, 84), newest frame last; rewards are raw points.
+    Equals gymnasium's AtariPreprocessing bit for bit, but fetches only the frames that are used. The game must be reset when it
+    is `game_over`, not when it is `terminated`: with terminal_on_life_loss, a lost life is that, too, and the game goes on."""
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 60}
+
+    def __init__(self, env_id, frame_skip=4, terminal_on_life_loss=False, render_mode=None):
+        self.atari = gym.make(env_id, render_mode=render_mode, disable_env_checker=True).unwrapped
+        self.ale, self.render, self.render_mode = self.atari.ale, self.atari.render, render_mode
+        self.action_set = self.ale.getMinimalActionSet()
+        self.frame_skip, self.terminal_on_life_loss = frame_skip, terminal_on_life_loss
+        self.frames = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # screens are 210 to 250 lines high
+        self.stack = np.zeros((4, 84, 84), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, self.stack.shape, np.uint8)
+        self.action_space = gym.spaces.Discrete(len(self.action_set))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.atari.reset(seed=seed)  # also seeds the emulator (sticky actions) and np_random of the next line
+        for _ in range(self.atari.np_random.integers(1, 31)):  # no-ops
+            self.ale.act(self.action_set[0])
+        self.lives, self.game_over, self.episode_return, self.episode_length = self.ale.lives(), False, 0.0, 0
+        self.ale.getScreenGrayscale(self.frames[0])
+        self.frames[1].fill(0)
+        self.stack[:] = self.observe()
+        return self.stack.copy(), {}
+
+    def step(self, action):
+        reward = 0.0
+        for t in range(self.frame_skip):
+            reward += self.ale.act(self.action_set[action])
+            terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
+            self.game_over = terminated or truncated
+            lives, self.lives = self.lives, self.ale.lives()
+            terminated = terminated or (self.terminal_on_life_loss and self.lives < lives)
+            if terminated or truncated:
+                break  # the observation shows the frames of the step before
+            if t >= self.frame_skip - 2:
+                self.ale.getScreenGrayscale(self.frames[self.frame_skip - 1 - t])
+        self.episode_return += reward
+        self.episode_length += 1
+        self.stack[:3] = self.stack[1:]
+        self.stack[3] = self.observe()
+        return self.stack.copy(), reward, terminated, truncated, {}
+
+    def observe(self):
+        np.maximum(self.frames[0], self.frames[1], out=self.frames[0])  # many sprites show in every other frame only
+        return cv2.resize(self.frames[0], (84, 84), interpolation=cv2.INTER_AREA)
+
+    def get_state(self):
+        """All that the future depends on, in plain types."""
+        state = {name: getattr(self, name) for name in ("lives", "game_over", "episode_return", "episode_length")}
+        state |= {"frames": self.frames.tobytes(), "stack": self.stack.tobytes()}
+        state["np_random"] = json.dumps(self.atari.np_random.bit_generator.state)
+        state["ale"] = self.ale.cloneState(include_rng=True).serialize()
+        self.set_state(state)  # see below
+        return state
+
+    def set_state(self, state):
+        vars(self).update({name: state[name] for name in ("lives", "game_over", "episode_return", "episode_length")})
+        self.frames.flat, self.stack.flat = np.frombuffer(state["frames"], np.uint8), np.frombuffer(state["stack"], np.uint8)
+        self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
+        for noops in (30, 0):  # the ALE state lacks the last sticky action and part of the video chip; no-ops make them the same
+            self.ale.restoreState(ale_py.ALEState(state["ale"]))  # in the game that is restored and in the one that goes on
+            for _ in range(noops):
+                self.ale.act(self.action_set[0])
+
+
+class AtariWorker(gym.Env):
+    """The k games of one worker, stepped one after another; AsyncVectorEnv takes them for one environment with array rewards.
+    A finished game restarts at once and shows the new game's first observation. Only when a time limit cut a game short,
+    info["final_obs"] (k, 4, 84, 84) holds what the games showed before that."""
+
+    def __init__(self, make_env, first_game, num_games, learner_pid):
+        if os.getpid() != learner_pid:  # AsyncVectorEnv also builds one worker in the learner
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the learner dies, die too, without a traceback
+        cv2.setNumThreads(0)
+        self.make_env, self.first_game, self.num_games = make_env, first_game, num_games
+        self.envs, self.episodes = [make_env()], []  # the other games are made by start()
+        self.observation_space = gym.vector.utils.batch_space(self.envs[0].observation_space, num_games)
+        self.action_space = gym.vector.utils.batch_space(self.envs[0].action_space, num_games)
+        self.obs = np.zeros(self.observation_space.shape, np.uint8)
+
+    def start(self, seed, games):
+        """Start the games anew, or where they were -> obs. games: None or the states of all games of all workers"""
+        self.envs += [self.make_env() for _ in range(self.num_games - len(self.envs))]
+        for i, env in enumerate(self.envs):
+            stream = np.random.SeedSequence([seed, self.first_game + i])  # distinct for all seeds and games
+            self.obs[i], _ = env.reset(seed=int(stream.generate_state(1, np.uint64)[0]))
+            if games:
+                env.set_state(games[self.first_game + i])
+                self.obs[i] = env.stack
+        return self.obs
+
+    def step(self, actions):
+        rewards = np.zeros(self.num_games)
+        terminations, truncations = np.zeros((2, self.num_games), bool)
+        for i, env in enumerate(self.envs):
+            self.obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
+        info = {"final_obs": self.obs.copy()} if truncations.any() else {}
+        for i, env in enumerate(self.envs):
+            if env.game_over:
+                self.episodes.append((env.episode_return, env.episode_length))
+                self.obs[i], _ = env.reset()
+        return self.obs, rewards, terminations, truncations, info
+
+    def report(self, with_states):
+        """(score, length in agent steps) of the games that ended since the last report and, if wanted, the states of all games"""
+        episodes, self.episodes = self.episodes, []
+        return episodes, [env.get_state() for env in self.envs] if with_states else []
+
+
+class LocalEnvs(AtariWorker):
+    """`--num-workers 0`: the only worker is this process, with the part of AsyncVectorEnv's interface that is used."""
+
+    processes, closed = (), False
+    single_action_space = property(lambda self: self.action_space)
+
+    def step_async(self, actions):
+        self.step_wait = lambda timeout: self.step(actions)
+
+    def call_async(self, name, *args):
+        self.call_wait = lambda timeout: [getattr(self, name)(*args)]
+
+
+def make_envs(args, env_class=AtariEnv, first_game=0):
+    """All workers as one vector environment: arrays (num_workers, games per worker, ...), observations in shared memory."""
+    make_env = partial(env_class, args.env_id, args.frame_skip, args.terminal_on_life_loss)
+    if args.num_workers == 0:
+        return LocalEnvs(make_env, first_game, args.num_envs, os.getpid())
+    k = args.num_envs // args.num_workers
+    workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
+    # Not fork: when workers are replaced, the learner has threads and a GPU, and a forked child may hang. The fork server and,
+    # from it, the workers ignore the signals that terminals and SLURM send to all processes: the learner decides.
+    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
+    multiprocessing.forkserver.ensure_running()
+    for signum, handler in zip(STOP_SIGNALS, handlers):
+        signal.signal(signum, handler)
+    envs = gym.vector.AsyncVectorEnv(workers, copy=False, context="forkserver", autoreset_mode="Disabled")
+    atexit.register(close_envs, envs)
+    return envs
+
+
+def close_envs(envs):
+    """End all workers, also hanging ones (AsyncVectorEnv.close() would wait for them). Returns what was wrong with which."""
+    dead, silent, k = [], [], envs.action_space.shape[-1]
+    for i, process in enumerate(envs.processes):
+        process.join(0.05)  # a pipe breaks a moment before the exit code is there
+        worker = f"worker {i} (games {i * k} to {i * k + k - 1}, pid {process.pid})"
+        if process.exitcode is not None:
+            dead.append(f"{worker} died: {signal.Signals(-process.exitcode).name if process.exitcode < 0 else process.exitcode}")
+        elif not envs.parent_pipes[i].poll():
+            silent.append(f"{worker} did not answer in time")
+        process.kill()
+        process.join()
+    envs.processes, envs.closed = (), True
+    return "; ".join(dead or silent)
+
+
+class Agent(nn.Module):
+    """Policy and value with a common trunk: `nips` (Mnih et al. 2013) or `nature` (Mnih et al. 2015)."""
+
+    num_actions: int
+    arch: str = "nips"
+    initial: str = "orthogonal"
+    bf16: bool = False
+
+    @nn.compact
+    def __call__(self, obs):
+        """obs: uint8 (..., 4, 84, 84), as the workers return it -> logits (n, num_actions), values (n,)"""
+
+        def layer(kind, x, features, *shape, gain=2**0.5, name=None):
+            kernel_init, bias_init = nn.initializers.orthogonal(gain), nn.initializers.zeros
+            if self.initial == "uniform":
+                bound = (x.shape[-1] * np.prod(shape[:1] or 1)) ** -0.5  # 1/sqrt(fan_in)
+                kernel_init = bias_init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+            dtype = jnp.bfloat16 if self.bf16 else jnp.float32
+            return kind(features, *shape, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init, name=name)(x)
+
+        if self.arch == "nips":
+            convs, hidden = [(16, 8, 4), (32, 4, 2)], 256
+        else:
+            convs, hidden = [(32, 8, 4), (64, 4, 2), (64, 3, 1)], 512
+        x = jnp.moveaxis(obs.reshape(-1, *obs.shape[-3:]), 1, -1).astype(jnp.float32) / 255
+        for features, kernel, stride in convs:
+            x = nn.relu(layer(nn.Conv, x, features, (kernel, kernel), stride, "VALID"))
+        x = nn.relu(layer(nn.Dense, x.reshape(len(x), -1), hidden))
+        logits = layer(nn.Dense, x, self.num_actions, gain=0.01, name="policy")
+        values = layer(nn.Dense, x, 1, gain=1.0, name="value")
+        return logits.astype(jnp.float32), values.astype(jnp.float32).squeeze(-1)
+
+
+@partial(jax.jit, static_argnames="agent")
+def act(agent, params, key, obs):
+    """The next key, and (actions ~ softmax(logits), logits, values, backward): backward holds the activations and takes
+    gradients with respect to logits and values to the parameters, so that the update needs no second forward pass."""
+    key, action_key = jax.random.split(key)
+    (logits, values), backward = jax.vjp(lambda params: agent.apply(params, obs), params)
+    return key, (jax.random.categorical(action_key, logits), logits, values, backward)
+
+
+@partial(jax.jit, static_argnames="agent")
+def compute_values(agent, params, obs):
+    return agent.apply(params, obs)[1]
+
+
+def make_optimizer(args):
+    """Adam, or RMSProp of TensorFlow 1 and the papers: epsilon *inside* the root, the mean square starts at *one*. Without the
+    learning rate."""
+    rmsprop = optax.scale_by_rms(0.99, args.optimizer_epsilon, initial_scale=1.0, eps_in_sqrt=True)
+    scale = rmsprop if args.optimizer == "rmsprop" else optax.scale_by_adam(eps=args.optimizer_epsilon)
+    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), scale)
+
+
+def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
+    """R_t = r_t + gamma R_{t+1}, where R_{t+1} is 0 if step t ended the episode, the value of the final observation if a time
+    limit cut it short, and next_value (num_envs,) after the last step. All others: (num_steps, num_envs)"""
+    returns, next_return = [], next_value
+    for t in reversed(range(len(rewards))):
+        next_return = jnp.where(truncations[t], final_values[t], next_return)
+        next_return = rewards[t] + gamma * jnp.where(terminations[t], 0.0, next_return)
+        returns.append(next_return)
+    return jnp.stack(returns[::-1])
+
+
+def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
+    """mean[-log pi(a|s) (R - V)] - ent_coef mean[H] + vf_coef mean[(R - V)^2], and the three means it is made of.
+    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)"""
+    logprobs = jax.nn.log_softmax(logits)
+    advantages = jax.lax.stop_gradient(returns - values)  # the policy's gradient must not reach the values
+    policy_loss = -(jnp.take_along_axis(logprobs, actions[..., None], -1).squeeze(-1) * advantages).mean()
+    value_loss = jnp.square(returns - values).mean()
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(-1).mean()
+    return policy_loss - ent_coef * entropy + vf_coef * value_loss, (policy_loss, value_loss, entropy)
+
+
+@partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "opt_state"))
+def update(optimizer, params, opt_state, learning_rate, gamma, ent_coef, vf_coef, choices, outcomes, final_values, next_value):
+    """Targets, loss and step -> params, opt_state, {tag: value}. choices: what act() gave in each step; outcomes: rewards,
+    terminations, truncations; next_value: (num_envs,); everything else: (num_steps, num_envs)"""
+    actions, logits, values, backwards = zip(*choices)
+    actions, logits, values = map(jnp.stack, (actions, logits, values))
+    rewards, terminations, truncations = outcomes
+    returns = compute_returns(jnp.clip(rewards, -1, 1), terminations, truncations, final_values, next_value, gamma)
+    compute_gradients = jax.value_and_grad(compute_loss, argnums=(0, 1), has_aux=True)
+    (_, losses), gradients = compute_gradients(logits, values, actions, returns, ent_coef, vf_coef)
+    gradients = [backward(pair)[0] for backward, pair in zip(backwards, zip(*gradients))]
+    gradients = jax.tree.map(lambda *steps: sum(steps), *gradients)
+    updates, opt_state = optimizer.update(gradients, opt_state)
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+    losses = dict(zip(("losses/policy_loss", "losses/value_loss", "losses/entropy"), losses))
+    losses["losses/explained_variance"] = 1 - (returns - values).var() / returns.var()
+    return params, opt_state, losses | {"losses/grad_norm": optax.tree.norm(gradients)}
+
+
+def save_checkpoint(path, checkpoint):
+    """Replace the file in one step, so that there is a whole one at any time; the one before is kept as checkpoint.prev"""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(flax.serialization.msgpack_serialize(checkpoint))
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.with_stem("checkpoint.prev").unlink(missing_ok=True)
+        os.link(path, path.with_stem("checkpoint.prev"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(run_dir):
+    path = Path(run_dir, "checkpoint.msgpack")
+    try:
+        checkpoint = flax.serialization.msgpack_restore(path.read_bytes())  # executes nothing, wherever the file is from
+        return checkpoint | {"args": Args(**checkpoint["args"])}
+    except Exception:  # a damaged file raises nearly anything
+        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
+
+
+def fail(message):
+    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    """The command line as Args, on top of the defaults or of the resumed run's. What cannot work ends here, with exit code 2."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume == "auto":
+        runs = sorted(Path("runs").glob(f"*__{args.exp_name}__{args.seed}__*/checkpoint.msgpack"), key=os.path.getmtime)
+        same = [str(run.parent) for run in runs if load_checkpoint(run.parent)["args"] == replace(args, resume=None)]
+        args.resume = same[-1] if same else None
+    if args.resume:
+        saved = load_checkpoint(args.resume)["args"]
+        args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
+        if any(getattr(args, name) != getattr(saved, name) for name in ("env_id", "num_envs", "optimizer", "arch")):
+            fail(f"{args.resume}: --env-id, --num-envs, --optimizer and --arch cannot change within a run")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and value < (type(value) is int and name not in ("seed", "num_workers")):
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+    if args.num_workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        args.num_workers = max(n for n in range(1, cores + 1) if args.num_envs % n == 0)
+    if args.num_workers and args.num_envs % args.num_workers:
+        fail(f"--num-envs {args.num_envs} is not a multiple of --num-workers {args.num_workers}")
+    games = [game for game, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
+    if args.env_id not in games:
+        close = difflib.get_close_matches(args.env_id, [game for game in games if game.endswith(("NoFrameskip-v4", "v5"))], 3, 0)
+        fail(f"--env-id {args.env_id} is no Atari game; closest: {', '.join(close)}")
+    return args
+
+
+def train(args, env_class=AtariEnv):
+    # TensorBoard's thread dies on a full disk; the warning below says it shorter
+    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)
+    stop_signals = []
+    for signum in STOP_SIGNALS:  # the first one is noted, a second one ends the process at once
+        signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))
+    if args.torch_deterministic:
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    if not args.cuda:
+        jax.config.update("jax_platforms", "cpu")
+    device = jax.default_backend()
+    envs = make_envs(args, env_class)
+    agent = Agent(envs.single_action_space.nvec[0], args.arch, args.init, args.bf16)
+    key, init_key = jax.random.split(jax.random.key(args.seed))
+    params = agent.init(init_key, np.zeros((1, 4, 84, 84), np.uint8))
+    optimizer = make_optimizer(args)
+    opt_state = optimizer.init(params)
+    checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": [], "games": None}
+    global_step, recent_scores, games = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100), checkpoint["games"]
+    if args.resume:
+        params = flax.serialization.from_state_dict(params, checkpoint["agent"])
+        opt_state = flax.serialization.from_state_dict(opt_state, checkpoint["optimizer"])
+        key = jax.random.wrap_key_data(checkpoint["rng"])
+
+    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    if args.track:
+        import wandb
+
+        wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
+    print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on the {device}", flush=True)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
+    spent, last_time, writer = Counter(), time.perf_counter(), None
+
+    def clock(part):  # books the time since the last call under `part`
+        nonlocal last_time
+        now = time.perf_counter()
+        spent[part] += now - last_time
+        last_time = now
+
+    batch_size, failures, logged_step, obs = args.num_envs * args.num_steps, 0, global_step, None
+    is_last = global_step >= args.total_timesteps
+    while not is_last:
+        # SCHEDULE
+        learning_rate = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
+
+        # ROLLOUT. The activations of its forward passes are kept and the update goes back through them: the parameters do not
+        # change in between, so a second pass over the whole batch would only find the same numbers.
+        choices, outcomes, final_values = [], [], np.zeros((args.num_steps, args.num_envs), np.float32)
+        try:
+            if obs is None:  # at the start, and after a lost worker
+                envs = make_envs(args, env_class) if envs.closed else envs
+                envs.call_async("start", args.seed + (global_step << 32), games)
+                obs = np.stack(envs.call_wait(args.step_timeout + args.num_envs))  # a game may take a second to start
+            for step in range(args.num_steps):
+                key, choice = act(agent, params, key, jnp.array(obs))  # a copy: the workers overwrite obs
+                choices.append(choice)
+                cpu_actions = np.asarray(choice[0]).reshape(envs.action_space.shape)
+                clock("act")
+                envs.step_async(cpu_actions)
+                obs, *outcome, info = envs.step_wait(args.step_timeout)  # overwrites what `obs` was
+                outcomes.append(outcome)
+                clock("env")
+                if "final_obs" in info:
+                    final_values[step] = compute_values(agent, params, info["final_obs"])
+            next_step = global_step + batch_size
+            is_last = next_step >= args.total_timesteps or bool(stop_signals)
+            checkpoint_due = is_last or next_step % args.checkpoint_interval < batch_size
+            log_due = checkpoint_due or next_step % args.log_interval < batch_size
+            if log_due:
+                envs.call_async("report", checkpoint_due)
+                episodes, games = (sum(parts, []) for parts in zip(*envs.call_wait(args.step_timeout)))
+        except (EOFError, ConnectionError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
+            cause, failures, is_last = close_envs(envs) or "a worker died at its start", failures + 1, False
+            obs = games = None
+            print(f"\n{cause}; all games start anew, this rollout is dropped", file=sys.stderr)
+            if failures == 3:
+                sys.exit(f"three times without a finished rollout: giving up. From the last checkpoint: --resume {run_dir}")
+            continue
+        global_step, failures = next_step, 0
+
+        # TARGETS, LOSS AND STEP. Everything is (num_steps, num_envs)
+        outcomes = [np.stack(x).reshape(args.num_steps, -1) for x in zip(*outcomes)]
+        batch = (choices, outcomes, final_values, compute_values(agent, params, obs))
+        coefficients = (learning_rate, args.gamma, args.ent_coef, args.vf_coef)
+        params, opt_state, losses = update(optimizer, params, opt_state, *coefficients, *batch)
+        if not np.isfinite(losses["losses/grad_norm"]):
+            parts = ", ".join(f"{tag.split('/')[1]} {x}" for tag, x in losses.items())
+            sys.exit(f"step {global_step}: {parts}: stopped before the parameters change. A lower --learning-rate may help")
+        bar.update(batch_size)
+        clock("learn")
+
+        # LOG AND CHECKPOINT
+        try:
+            if log_due:
+                recent_scores.extend(score for score, _ in episodes)
+                score = f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet"
+                speed = (global_step - logged_step) / spent.total()
+                bar.set_postfix_str(score)
+                if bar.disable:
+                    print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
+                scalars = {"charts/SPS": speed, "charts/learning_rate": learning_rate} | losses
+                scalars |= {f"time/{part}": seconds / spent.total() for part, seconds in spent.items()}
+                if episodes:
+                    scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+                if not writer:
+                    writer = event_file_writer.EventFileWriter(str(run_dir))
+                    start = SessionLog(status=SessionLog.START)  # what came after the checkpoint comes again
+                    writer.add_event(Event(wall_time=time.time(), step=logged_step + 1, session_log=start))
+                    flags = "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items())
+                    writer.add_event(Event(wall_time=time.time(), step=logged_step, summary=text_pb("flags", flags)))
+                summary = Summary(value=[Summary.Value(tag=tag, simple_value=scalar) for tag, scalar in scalars.items()])
+                writer.add_event(Event(wall_time=time.time(), step=global_step, summary=summary))
+                logged_step, spent = global_step, Counter()
+            if checkpoint_due:
+                checkpoint = {"args": asdict(args) | {"resume": None}, "global_step": global_step, "games": games}
+                checkpoint |= {"script": SCRIPT, "agent": params, "optimizer": flax.serialization.to_state_dict(opt_state)}
+                checkpoint |= {"recent_scores": [*recent_scores], "rng": jax.random.key_data(key)}
+                writer.flush()
+                save_checkpoint(run_dir / "checkpoint.msgpack", checkpoint)
+        except OSError as error:
+            print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
+            writer = None  # its thread is dead
+
+    bar.close()
+    close_envs(envs)
+    if stop_signals:
+        print(f"{signal.Signals(stop_signals[0]).name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")
+        sys.exit(128 + stop_signals[0])
+
+
+if __name__ == "__main__":
+    train(parse_args())

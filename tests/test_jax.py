@@ -1,0 +1,184 @@
+"""The JAX script computes what the torch script computes, compiles once, and keeps what it has seen."""
+
+from itertools import islice
+
+import pytest
+
+jax = pytest.importorskip("jax")
+import jax.numpy as jnp
+import numpy as np
+import torch
+from conftest import SMALL
+from games import Scripted, scripted_steps
+
+import paac_atari
+import paac_atari_jax
+
+COMPILED = paac_atari_jax.act, paac_atari_jax.update, paac_atari_jax.compute_values
+
+
+def to_jax(agent):
+    """The torch network's parameters as flax has them: inputs before outputs; a convolution's pixels before its channels."""
+    convs = 2 if len(agent.trunk) == 7 else 3
+    params, names = {}, iter([*["Conv_0", "Conv_1", "Conv_2"][:convs], "Dense_0"])
+    for name, layer in agent.named_modules():
+        if not hasattr(layer, "weight"):
+            continue
+        weight = layer.weight.detach().contiguous().numpy()
+        name = name if name in ("policy", "value") else next(names)
+        if name == "Dense_0":  # (hidden, channels x rows x columns) -> (rows x columns x channels, hidden)
+            side = 9 if convs == 2 else 7
+            weight = weight.reshape(len(weight), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(weight))
+        else:
+            weight = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
+        params[name] = {"kernel": jnp.array(weight), "bias": jnp.array(layer.bias.detach().numpy())}
+    return {"params": params}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+@pytest.mark.parametrize("arch", ["nips", "nature"])
+def test_an_update_equals_torchs(arch, optimizer):
+    """Outputs, targets, loss, gradient norm and parameters after three updates, from the same weights on the same batches."""
+    torch.manual_seed(0)
+    generator = np.random.default_rng(0)
+    agent, jax_agent = paac_atari.Agent(6, arch, "uniform"), paac_atari_jax.Agent(6, arch)
+    params, lr, eps, clip = to_jax(agent), 1e-2, 1e-2, 0.1
+    args = paac_atari_jax.Args(optimizer=optimizer, optimizer_epsilon=eps, max_grad_norm=clip)
+    jax_optimizer = paac_atari_jax.make_optimizer(args)
+    opt_state = jax_optimizer.init(params)
+    optimizer_class = paac_atari.RMSpropTF if optimizer == "rmsprop" else torch.optim.Adam
+    torch_optimizer = optimizer_class(agent.parameters(), lr=lr, eps=eps)
+    for _ in range(3):
+        obs = generator.integers(256, size=(5, 2, 4, 4, 84, 84), dtype=np.uint8)
+        next_obs = generator.integers(256, size=(2, 4, 4, 84, 84), dtype=np.uint8)
+        rewards = generator.normal(size=(5, 8)).astype(np.float32)
+        terminations, truncations = generator.random((2, 5, 8)) < 0.2
+        final_values = generator.normal(size=(5, 8)).astype(np.float32)
+
+        choices, key = [], jax.random.key(0)
+        for step in range(5):
+            key, choice = paac_atari_jax.act(jax_agent, params, key, jnp.array(obs[step]))
+            choices.append(choice)
+        next_value = paac_atari_jax.compute_values(jax_agent, params, next_obs)
+        actions = torch.from_numpy(np.stack([np.array(choice[0]) for choice in choices])).long()
+        logits, values = map(torch.stack, zip(*(agent(torch.from_numpy(o)) for o in obs)))
+        for step in range(5):
+            np.testing.assert_allclose(choices[step][1], logits[step].detach(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(choices[step][2], values[step].detach(), rtol=1e-4, atol=1e-5)
+
+        outcomes = (rewards, terminations, truncations)
+        params, opt_state, losses = paac_atari_jax.update(
+            jax_optimizer, params, opt_state, lr, 0.9, 0.02, 0.3, choices, outcomes, final_values, next_value
+        )
+        tensors = [torch.from_numpy(x) for x in (rewards.clip(-1, 1), terminations, truncations, final_values)]
+        returns = paac_atari.compute_returns(*tensors, agent(torch.from_numpy(next_obs))[1].detach(), 0.9)
+        loss, policy_loss, value_loss, entropy = paac_atari.compute_loss(logits, values, actions, returns, 0.02, 0.3)
+        torch_optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), clip)
+        assert grad_norm > clip
+        torch_optimizer.step()
+        explained = 1 - (returns - values).var() / returns.var()
+        expected = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "grad_norm": grad_norm}
+        for name, x in (expected | {"explained_variance": explained}).items():
+            np.testing.assert_allclose(losses[f"losses/{name}"], x.item(), rtol=1e-4, atol=1e-6, err_msg=name)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), params, to_jax(agent))
+
+
+@pytest.mark.parametrize("arch", ["nips", "nature"])
+@pytest.mark.parametrize("init", ["orthogonal", "uniform"])
+def test_network_init(arch, init):
+    """As the torch script's: orthogonal with its gains, or U(+-1/sqrt(fan_in)), biases too."""
+    params = paac_atari_jax.Agent(6, arch, init).init(jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))["params"]
+    for name, layer in params.items():
+        weight, bias = np.array(layer["kernel"]).reshape(-1, len(layer["bias"])), np.array(layer["bias"])
+        if init == "orthogonal":
+            gain = {"policy": 0.01, "value": 1.0}.get(name, 2**0.5)
+            gram = weight.T @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.T
+            np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), atol=1e-5)
+            assert not bias.any()
+        else:
+            bound = len(weight) ** -0.5
+            assert max(abs(weight).max(), abs(bias).max()) <= bound
+            assert weight.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert bias.std() == pytest.approx(bound / 3**0.5, rel=0.5) or len(bias) == 1
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """recorded(*flags, env_class) trains and returns what reached act() and update()."""
+    acts, updates = [], []
+    act, update = paac_atari_jax.act, paac_atari_jax.update
+
+    def record_act(agent, params, key, obs):
+        acts.append((obs, np.array(obs)))
+        return act(agent, params, key, obs)
+
+    def record_update(optimizer, params, opt_state, *inputs):
+        updates.append(jax.tree.map(np.array, (*inputs[1:4], [c[:3] for c in inputs[4]], *inputs[5:])))
+        return update(optimizer, params, opt_state, *inputs)
+
+    monkeypatch.setattr(paac_atari_jax, "act", record_act)
+    monkeypatch.setattr(paac_atari_jax, "update", record_update)
+    monkeypatch.setattr(Scripted, "created", 0)
+    monkeypatch.chdir(tmp_path)
+
+    def train(*flags, env_class=paac_atari_jax.AtariEnv):
+        paac_atari_jax.train(paac_atari_jax.parse_args([*SMALL, *flags]), env_class)
+        return acts, updates
+
+    return train
+
+
+def test_compiles_once_and_keeps_what_it_saw(recorded):
+    """No function is compiled again after its first call; the workers' next step does not change observations acted on."""
+    for function in COMPILED:
+        function.clear_cache()
+    acts, updates = recorded("--total-timesteps", "400")
+    assert len(updates) == 20 and len(acts) == 100
+    for obs, copy in acts:
+        np.testing.assert_array_equal(obs, copy)
+    assert (acts[0][1] != acts[-1][1]).any()
+    assert [function._cache_size() for function in COMPILED] == [1, 1, 1]
+
+
+class Reader(paac_atari_jax.nn.Module):
+    """In the network's place: the value of an observation is the number Scripted wrote on it; both actions are equally likely."""
+
+    num_actions: int
+    arch: str
+    initial: str
+    bf16: bool
+
+    @paac_atari_jax.nn.compact
+    def __call__(self, obs):
+        weight = self.param("weight", lambda key: jnp.ones(()))
+        value = obs.reshape(-1, *obs.shape[-3:])[:, 3, 0, 0].astype(jnp.float32) * weight
+        return jnp.zeros((len(value), 2)) * weight, value
+
+
+def test_rollout_reaches_the_update_unmixed(recorded, monkeypatch):
+    """As test_paac.py's: values, rewards, ends and the values after them belong together."""
+    monkeypatch.setattr(paac_atari_jax, "Agent", Reader)
+    flags = ["--num-workers", "0", "--total-timesteps", "240", "--learning-rate", "0"]
+    _, updates = recorded(*flags, env_class=Scripted)
+    assert len(updates) == 12
+    games = scripted_steps(4)
+    for gamma, ent_coef, vf_coef, choices, (rewards, terminations, truncations), final_values, next_value in updates:
+        np.testing.assert_allclose((gamma, ent_coef, vf_coef), (0.99, 0.01, 0.5))
+        steps = list(islice(games, 5))
+        for t, (shown, last_shown, over, cut, _) in enumerate(steps):
+            actions, _, values = choices[t]
+            np.testing.assert_array_equal(values, shown)
+            np.testing.assert_array_equal(rewards[t], np.where(actions == 1, 3.0, -0.5))
+            np.testing.assert_array_equal(terminations[t], over)
+            np.testing.assert_array_equal(truncations[t], cut)
+            np.testing.assert_array_equal(final_values[t][cut], last_shown[cut])
+        np.testing.assert_array_equal(next_value, steps[-1][-1])
+
+
+def test_rmsprop_is_the_papers():
+    """As test_paac.py's test_rmsprop_by_hand: mean square 1 -> 0.99 + 0.01 * 4 = 1.03; epsilon 0.41 inside the root: 1.2."""
+    optimizer = paac_atari_jax.make_optimizer(paac_atari_jax.Args(optimizer="rmsprop", optimizer_epsilon=0.41, max_grad_norm=100))
+    updates, _ = optimizer.update(jnp.array([2.0]), optimizer.init(jnp.array([10.0])))
+    assert updates[0] == pytest.approx(2 / 1.2, rel=1e-6)
