@@ -42,7 +42,7 @@ def test_an_update_equals_torchs(arch, optimizer):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     agent, jax_agent = paac_atari.Agent(6, arch, "uniform"), paac_atari_jax.Agent(6, arch)
-    params, lr, eps, clip = to_jax(agent), 1e-2, 1e-2, 0.1
+    params, lr, eps, clip = to_jax(agent), 1e-3, 1e-2, 0.1
     args = paac_atari_jax.Args(optimizer=optimizer, optimizer_epsilon=eps, max_grad_norm=clip)
     jax_optimizer = paac_atari_jax.make_optimizer(args)
     opt_state = jax_optimizer.init(params)
