@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core runs a test already
 ROOT = Path(__file__).resolve().parent.parent
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
-SCRIPTS = ["paac_atari", *Q_SCRIPTS]
+SCRIPTS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # A run of a few seconds: 4 games, 2 workers, a few updates of 4 x 5 steps.

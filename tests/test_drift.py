@@ -8,9 +8,10 @@ import pytest
 from conftest import Q_SCRIPTS, ROOT
 
 PAAC = "paac_atari"
-SHARED = ["AtariEnv", "AtariWorker", "LocalEnvs", "make_envs", "close_envs", "RMSpropTF", "save_checkpoint", "load_checkpoint"]
-SHARED += ["fail", "parse_args"]
-PAIRS = [(PAAC, script, SHARED) for script in Q_SCRIPTS]
+JAX = "paac_atari_jax"
+SHARED = ["AtariEnv", "AtariWorker", "LocalEnvs", "make_envs", "close_envs", "fail", "parse_args"]
+PAIRS = [(PAAC, script, [*SHARED, "RMSpropTF", "save_checkpoint", "load_checkpoint"]) for script in Q_SCRIPTS]
+PAIRS += [(PAAC, JAX, ["Args", *SHARED])]
 PAIRS += [(PAAC, "nstep_q_atari", ["compute_returns"])]
 PAIRS += [("nstep_q_atari", script, ["Agent", "epsilon_greedy"]) for script in Q_SCRIPTS[1:]]
 PAIRS += [("one_step_q_atari", "one_step_sarsa_atari", ["Args", "compute_loss"]), ("nstep_q_atari", "one_step_q_atari", ["Args"])]
@@ -18,11 +19,12 @@ BUDGETS = {
     (PAAC, "nstep_q_atari"): 120,
     ("nstep_q_atari", "one_step_q_atari"): 45,
     ("one_step_q_atari", "one_step_sarsa_atari"): 45,
+    (PAAC, JAX): 250,
 }
 
 
 def source(script):
-    return (ROOT / f"{script}.py").read_text()
+    return (ROOT / f"{script}.py").read_text().replace("checkpoint.msgpack", "checkpoint.pt")
 
 
 def block(script, name):
@@ -50,7 +52,7 @@ def test_diff_shows_the_algorithm_alone(pair):
     assert f"`diff {' '.join(files)}` | {changed} |" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("script", [PAAC, *Q_SCRIPTS])
+@pytest.mark.parametrize("script", [PAAC, *Q_SCRIPTS, JAX])
 def test_one_script_one_algorithm(script):
     """No switch between algorithms, nothing imported from this repository."""
     text = source(script)

@@ -2,11 +2,10 @@
 
 from itertools import islice
 
-import pytest
-
-jax = pytest.importorskip("jax")
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from conftest import SMALL
 from games import Scripted, scripted_steps

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Q_SCRIPTS, ROOT, SMALL, command, only_run, run, scalars
+from flax.serialization import msgpack_restore, msgpack_serialize
 
 
 def parents():
@@ -89,8 +90,14 @@ def start(script, tmp_path):
                 pass
 
 
+def checkpoint_file(run_dir):
+    """checkpoint.pt, or checkpoint.msgpack of the JAX script; None before the first."""
+    return next(filter(Path.exists, map(Path(run_dir).joinpath, ("checkpoint.pt", "checkpoint.msgpack"))), None)
+
+
 def load(run_dir):
-    return torch.load(Path(run_dir, "checkpoint.pt"), weights_only=True)
+    path = checkpoint_file(run_dir)
+    return torch.load(path, weights_only=True) if path.suffix == ".pt" else msgpack_restore(path.read_bytes())
 
 
 def assert_same(one, two, path=""):
@@ -104,7 +111,7 @@ def assert_same(one, two, path=""):
         for i, (a, b) in enumerate(zip(one, two)):
             assert_same(a, b, f"{path}/{i}")
     else:
-        assert torch.equal(one, two) if torch.is_tensor(one) else one == two, path
+        assert np.array_equal(one, two) if hasattr(one, "shape") else one == two, path
 
 
 # ---------------------------------------------------------------------------------------------------------------------- resume
@@ -239,11 +246,12 @@ class Malicious:
 def test_bad_checkpoint_gets_one_line(script, tmp_path, kind):
     if kind == "truncated":
         assert run(command(script, *SMALL, "--total-timesteps", 20), tmp_path).returncode == 0
-        path = only_run(tmp_path) / "checkpoint.pt"
+        path = checkpoint_file(only_run(tmp_path))
         path.write_bytes(path.read_bytes()[:100_000])
     else:
-        path = tmp_path / "checkpoint.pt"
-        torch.save({"weights": torch.zeros(3)}, path) if kind == "foreign" else path.write_bytes(pickle.dumps(Malicious()))
+        path = tmp_path / ("checkpoint.msgpack" if script.__name__.endswith("jax") else "checkpoint.pt")
+        save = torch.save if path.suffix == ".pt" else lambda x, path: path.write_bytes(msgpack_serialize(x))
+        save({"weights": np.zeros(3)}, path) if kind == "foreign" else path.write_bytes(pickle.dumps(Malicious()))
     result = run(command(script, "--resume", path.parent), tmp_path)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "damaged" in result.stderr, result.stderr
@@ -282,7 +290,7 @@ def test_stuck_worker_is_replaced(start, moment):
 
 def test_gives_up_when_workers_keep_dying(start, tmp_path):
     r = start("--checkpoint-interval", "100", "--step-timeout", "20")
-    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    wait_for(lambda: any(map(checkpoint_file, tmp_path.glob("runs/*"))))
     deadline = time.monotonic() + 90
     while r.process.poll() is None and time.monotonic() < deadline:
         for pid in workers(r.pid):
@@ -300,18 +308,18 @@ def test_gives_up_when_workers_keep_dying(start, tmp_path):
 def test_not_a_number_stops_before_it_spreads(script, tmp_path):
     assert run(command(script, *SMALL, "--total-timesteps", 100), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
-    before = (run_dir / "checkpoint.pt").read_bytes()
+    before = checkpoint_file(run_dir).read_bytes()
     result = run(command(script, "--resume", run_dir, "--total-timesteps", 1000, "--learning-rate", "1e30"), tmp_path)
     assert result.returncode == 1
     assert "nan" in result.stderr and "step 1" in result.stderr and "--learning-rate" in result.stderr
     assert "Traceback" not in result.stderr
-    assert (run_dir / "checkpoint.pt").read_bytes() == before
+    assert checkpoint_file(run_dir).read_bytes() == before
 
 
 def test_full_disk_is_a_warning(script, tmp_path):
     assert run(command(script, *SMALL, "--total-timesteps", 100), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
-    before = (run_dir / "checkpoint.pt").read_bytes()
+    before = checkpoint_file(run_dir).read_bytes()
 
     def limit():  # no file may grow beyond 500 kB; a checkpoint is several MB
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
@@ -321,7 +329,7 @@ def test_full_disk_is_a_warning(script, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("warning: ") == 2 and "File too large" in result.stderr and "Traceback" not in result.stderr
     assert "step 300 of" in result.stdout
-    assert (run_dir / "checkpoint.pt").read_bytes() == before
+    assert checkpoint_file(run_dir).read_bytes() == before
 
 
 def test_unwritable_folder_is_a_warning(script, tmp_path):
@@ -372,7 +380,7 @@ def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
     alone = [sys.executable, f"{script.__name__}.py", *SMALL, "--total-timesteps", 200]
     assert run(alone, tmp_path).returncode == 0
     assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--init", "uniform", "--bf16"], tmp_path).returncode == 0
-    assert len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2
+    assert len([*filter(checkpoint_file, tmp_path.glob("runs/*"))]) == 2
 
 
 def test_evaluate_and_plot(script, tmp_path):

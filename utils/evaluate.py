@@ -43,34 +43,48 @@ class Args:
     video_seconds: float = 60.0  # length of the video at most, at the game's own speed
 
 
-def load_agent(path, greedy, epsilon, device):
-    """The script's module, the run's arguments (for whole games), the checkpoint, a function obs -> actions and its name."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+def load_torch(path, device):
+    """Checkpoint, the script's module, the run's arguments and its network: obs -> logits and values, or Q-values."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     script = importlib.import_module(checkpoint["script"])
-    args = replace(script.Args(**checkpoint["args"]), terminal_on_life_loss=False)
-    is_policy = "policy.bias" in checkpoint["agent"]
-    num_actions = len(checkpoint["agent"]["policy.bias" if is_policy else "q.bias"])
+    args = script.Args(**checkpoint["args"])
+    num_actions = len(checkpoint["agent"].get("policy.bias", checkpoint["agent"].get("q.bias")))
     agent = script.Agent(num_actions, args.arch, bf16=args.bf16).to(device)
     agent.load_state_dict(checkpoint["agent"])
-    if is_policy:
-        name = "greedy" if greedy else "sampled"
-    else:
-        epsilon = 0.0 if greedy else epsilon
-        name = f"epsilon-greedy ({epsilon:g})"
+    return checkpoint, script, args, lambda obs: agent(torch.as_tensor(obs, device=device))
+
+
+def load_jax(path, device):
+    """As load_torch; the network's outputs are torch's, too."""
+    import flax.serialization
+    import jax
+
+    if device.type == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    checkpoint = flax.serialization.msgpack_restore(path.read_bytes())
+    script = importlib.import_module(checkpoint["script"])
+    args = script.Args(**checkpoint["args"])
+    agent = script.Agent(len(checkpoint["agent"]["params"]["policy"]["bias"]), args.arch, args.init, args.bf16)
+    forward = jax.jit(agent.apply)
+    return checkpoint, script, args, lambda obs: [torch.tensor(np.asarray(x)) for x in forward(checkpoint["agent"], obs)]
+
+
+def make_act(script, network, greedy, epsilon):
+    """obs -> actions, as numpy arrays."""
 
     @torch.no_grad()
     def act(obs):
-        output = agent(torch.as_tensor(obs, device=device))
-        if not is_policy:
-            actions = script.epsilon_greedy(output, torch.full(output.shape[:1], epsilon, device=device))
+        output = network(obs)
+        if hasattr(script, "epsilon_greedy"):
+            epsilons = torch.full(output.shape[:1], 0.0 if greedy else epsilon, device=output.device)
+            actions = script.epsilon_greedy(output, epsilons)
         elif greedy:
             actions = output[0].argmax(-1)
         else:
             actions = torch.multinomial(output[0].softmax(-1), 1).squeeze(-1)
         return actions.cpu().numpy()
 
-    return script, args, checkpoint, act, name
+    return act
 
 
 def play(envs, act, seed, num_envs, games_per_slot, timeout):
@@ -123,7 +137,12 @@ def human_normalised(env_id, score):
 def evaluate(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    script, run_args, checkpoint, act, policy = load_agent(args.checkpoint, args.greedy, args.epsilon, device)
+    files = [Path(args.checkpoint, name) for name in ("", "checkpoint.pt", "checkpoint.msgpack")]
+    path = next((file for file in files if file.is_file()), None) or sys.exit(f"{args.checkpoint}: no checkpoint")
+    checkpoint, script, run_args, network = (load_jax if path.suffix == ".msgpack" else load_torch)(path, device)
+    run_args = replace(run_args, terminal_on_life_loss=False)  # whole games
+    act = make_act(script, network, args.greedy, args.epsilon)
+    sampled = f"epsilon-greedy ({args.epsilon:g})" if hasattr(script, "epsilon_greedy") else "sampled"
     games_per_slot = -(-args.episodes // args.num_envs)
     envs = script.make_envs(replace(run_args, num_envs=args.num_envs, num_workers=args.num_workers))
     scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
@@ -133,7 +152,7 @@ def evaluate(args):
         "env_id": run_args.env_id,
         "script": script.__name__,
         "global_step": checkpoint["global_step"],
-        "policy": policy,
+        "policy": "greedy" if args.greedy else sampled,
         "seed": args.seed,
         "episodes": len(scores),
         "mean": float(np.mean(scores)),
@@ -154,7 +173,13 @@ def evaluate(args):
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     if args.export:
-        torch.save({key: checkpoint[key] for key in ("script", "args", "global_step", "agent")}, args.export)
+        weights = {key: checkpoint[key] for key in ("script", "args", "global_step", "agent")}
+        if path.suffix == ".msgpack":
+            from flax.serialization import msgpack_serialize
+
+            Path(args.export).write_bytes(msgpack_serialize(weights))
+        else:
+            torch.save(weights, args.export)
     if args.video:
         env = script.AtariEnv(run_args.env_id, run_args.frame_skip, render_mode="rgb_array")
         record(env, act, args.seed, Path(args.video), args.video_seconds)
