@@ -3,19 +3,22 @@
 # dependencies = ["torch>=2.8,<2.14", "gymnasium>=1.2.3,<1.5", "ale-py>=0.11.1,<0.13", "numpy>=2,<3", "tyro>=0.9.2,<2",
 #                 "opencv-python-headless>=4.10,<6", "tensorboard>=2.19,<3", "tqdm>=4.66,<5"]
 # ///
-"""A3C: asynchronous advantage actor-critic on Atari (Mnih et al. 2016, arXiv 1602.01783).
+"""A3C: asynchronous n-step advantage actor-critic on Atari (Mnih et al. 2016, arXiv 1602.01783).
 
 Each actor-learner is a process with one game and a copy of the network; all change one network in shared memory, without locks.
 
     python a3c_atari.py --env-id BreakoutNoFrameskip-v4              # train; Ctrl-C writes a checkpoint and stops
-    python a3c_atari.py --resume runs/NAME                           # go on: all games start anew
+    python a3c_atari.py --resume runs/NAME                           # go on with the network; all games start anew
+    python a3c_atari.py --env-id PongNoFrameskip-v4 --num-envs 1     # one actor-learner: nothing is asynchronous
 """
 
+import atexit
 import copy
 import difflib
 import io
 import json
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -39,8 +42,9 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
-mp.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "ale_py", "cv2", "tyro"])  # for the actor-learners
+multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "ale_py", "cv2", "tyro"])  # for the actors
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+FIGURES = ("charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm")
 
 
 @dataclass
@@ -56,17 +60,17 @@ class Args:  # the comments are the texts of --help
     frame_skip: int = 4  # emulator frames per agent step (replaces the id's own)
     terminal_on_life_loss: bool = True  # a lost life ends the return; the game goes on, and scores are those of whole games
     num_envs: int = 16  # actor-learners: processes with one game each
-    step_timeout: float = 60.0  # seconds without an answer after which an actor-learner counts as lost
+    step_timeout: float = 60.0  # seconds without an update after which an actor-learner counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float = 7e-4  # at the start
+    learning_rate: float = 3e-4  # at the start
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per update of an actor-learner, t_max
     gamma: float = 0.99  # discount per agent step
     ent_coef: float = 0.01  # weight of the entropy, beta
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
-    optimizer_epsilon: float = 1e-2  # of RMSProp, in the root of the mean square (paper: 0.1)
+    optimizer_epsilon: float = 1e-5  # of RMSProp, inside the root of the mean square (paper: 0.1)
     arch: Literal["nips", "nature"] = "nips"  # network of Mnih et al. 2013, or of 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # initial weights; uniform: +-1/sqrt(fan_in), the paper's
 
@@ -206,7 +210,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 
 
 def save_checkpoint(path, checkpoint):
-    """Replace the file in one step, so that there is a whole one at any time; the one before is kept as *.prev.pt."""
+    """Replace the file in one step, so that there is a whole one at any time; the one before is kept as checkpoint.prev"""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with open(path.with_suffix(".tmp"), "wb") as file:
@@ -214,8 +218,8 @@ def save_checkpoint(path, checkpoint):
         file.flush()
         os.fsync(file.fileno())
     if path.exists():
-        path.with_suffix(".prev.pt").unlink(missing_ok=True)
-        os.link(path, path.with_suffix(".prev.pt"))
+        path.with_stem("checkpoint.prev").unlink(missing_ok=True)
+        os.link(path, path.with_stem("checkpoint.prev"))
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -225,8 +229,8 @@ def load_checkpoint(run_dir):
         assert path.open("rb").read(2) == b"PK"  # torch.save writes zip files
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing, wherever the file is from
         return checkpoint | {"args": Args(**checkpoint["args"])}
-    except Exception:  # torch.load raises nearly anything on a damaged file
-        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev.pt?")
+    except Exception:  # a damaged file raises nearly anything
+        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
 
 
 def fail(message):
@@ -256,28 +260,26 @@ def parse_args(argv=None):
     return args
 
 
-def actor_learner(i, args, env_class, agent, optimizer, first_step, steps, losses, stop, connection, start):
+def actor_learner(i, start, args, env_class, agent, optimizer, first_step, steps, figures, stop, connection):
     """One process: play num_steps steps with a copy of the shared parameters, then change the shared ones; no lock anywhere.
-    Shared memory: agent and optimizer; steps (num_envs,) taken by each; losses (num_envs, 5) of each; stop (1,). Episodes go
-    through the connection as (score, length in agent steps), a loss that is not finite as a text."""
-    for signum in STOP_SIGNALS:  # terminals and SLURM send them to all processes: the learner decides
-        signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    In shared memory: agent and optimizer; steps (num_envs,) that each one has taken; figures (num_envs, len(FIGURES)) of each
+    one's last update; stop (1,). Finished games go through the connection as (score, length in agent steps), a loss that is not
+    finite as a text. start: how often this actor-learner was lost and started anew."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the main process dies, die too, without a traceback
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    stream = np.random.SeedSequence([args.seed + (first_step << 32), i, start])  # distinct for all seeds, games and restarts
-    env_seed, torch_seed = map(int, stream.generate_state(2, np.uint64) >> 1)
-    torch.manual_seed(torch_seed)
+    stream = np.random.SeedSequence([args.seed + (first_step << 32), i, start])  # distinct for all seeds and games
+    game_seed, network_seed = map(int, stream.generate_state(2))
+    torch.manual_seed(network_seed)
     env = env_class(args.env_id, args.frame_skip, args.terminal_on_life_loss)
-    obs, _ = env.reset(seed=env_seed)
+    obs, _ = env.reset(seed=game_seed)
     local = copy.deepcopy(agent)
-    parent = multiprocessing.parent_process()
-    while not stop[0] and parent.is_alive():
+    main_process = multiprocessing.parent_process()
+    while not stop and main_process.is_alive() and (global_step := first_step + int(steps.sum())) < args.total_timesteps:
         # SCHEDULE
-        progress = (first_step + int(steps.sum())) / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * min(progress, 1.0))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
-        # ROLLOUT with the shared parameters as they are now
+        # ROLLOUT with the shared parameters as they are now. The update goes back through the activations of its forward passes.
         local.load_state_dict(agent.state_dict())
         choices, outcomes, final_values = [], [], torch.zeros(args.num_steps, 1)
         for step in range(args.num_steps):
@@ -286,7 +288,7 @@ def actor_learner(i, args, env_class, agent, optimizer, first_step, steps, losse
             choices.append((logits, values, actions))
             obs, *outcome, _ = env.step(actions.item())
             outcomes.append(outcome)
-            if outcome[2]:
+            if outcome[2]:  # a time limit
                 final_values[step] = local(torch.as_tensor(obs)[None])[1].detach()
             if env.game_over:
                 connection.send((env.episode_return, env.episode_length))
@@ -310,7 +312,8 @@ def actor_learner(i, args, env_class, agent, optimizer, first_step, steps, losse
         for p, local_p in zip(agent.parameters(), local.parameters()):
             p.grad = local_p.grad
         optimizer.step()
-        losses[i] = torch.stack([policy_loss, value_loss, entropy, grad_norm]).detach()
+        losses = (x.item() for x in (policy_loss, value_loss, entropy, grad_norm))
+        figures[i] = torch.tensor([optimizer.param_groups[0]["lr"], *losses])
         steps[i] += args.num_steps
 
 
@@ -329,8 +332,10 @@ def train(args, env_class=AtariEnv):
     if args.resume:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    for state in optimizer.state.values():
-        state["square_avg"].share_memory_()
+    steps = torch.zeros(args.num_envs, dtype=torch.int64)
+    figures, stop = torch.zeros(args.num_envs, len(FIGURES)), torch.zeros(1, dtype=torch.bool)
+    for tensor in (steps, figures, stop, *(state["square_avg"] for state in optimizer.state.values())):
+        tensor.share_memory_()
 
     run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}")
     if args.track:
@@ -339,30 +344,35 @@ def train(args, env_class=AtariEnv):
         wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
     print(f"{run_dir}: {args.num_envs} actor-learners, {args.arch} network", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", disable=not sys.stderr.isatty())
-    steps = torch.zeros(args.num_envs, dtype=torch.int64).share_memory_()
-    losses = torch.zeros(args.num_envs, 4).share_memory_()
-    stop = torch.zeros(1, dtype=torch.bool).share_memory_()
-    context = mp.get_context("forkserver")
-    processes, connections, seen, starts, failures = {}, {}, {}, Counter(), Counter()
+    processes, connections, starts, failures, last_seen = {}, {}, Counter(), Counter(), {}
+    atexit.register(lambda: [process.kill() for process in processes.values()])
 
     def start(i):
-        connection, childs_end = context.Pipe(duplex=False)
-        shared = (agent, optimizer, first_step, steps, losses, stop, childs_end, starts[i])
-        processes[i] = context.Process(target=actor_learner, args=(i, args, env_class, *shared), daemon=True)
+        connections[i], far_end = mp.Pipe(duplex=False)
+        shared = (agent, optimizer, first_step, steps, figures, stop, far_end)
+        # Not fork: a process with threads may hang in a forked child
+        processes[i] = mp.get_context("forkserver").Process(target=actor_learner, args=(i, starts[i], args, env_class, *shared))
         processes[i].start()
-        childs_end.close()  # so that the connection ends with the process
-        connections[i], starts[i], seen[i] = connection, starts[i] + 1, (int(steps[i]), time.perf_counter())
+        far_end.close()  # the connection ends with the process
+        starts[i] += 1
+        last_seen[i] = int(steps[i]), time.perf_counter() + args.num_envs  # a game may take a second to start
 
-    for i in range(args.num_envs):
-        start(i)
-    global_step = logged_step = checkpoint_step = first_step
+    global_step = logged_step = first_step
     logged_time, episodes, writer = time.perf_counter(), [], None
     is_last = global_step >= args.total_timesteps
+    if not is_last:
+        # The fork server and, from it, the actor-learners ignore the signals that terminals and SLURM send to all processes
+        handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
+        multiprocessing.forkserver.ensure_running()
+        for signum, handler in zip(STOP_SIGNALS, handlers):
+            signal.signal(signum, handler)
+        for i in range(args.num_envs):
+            start(i)
     while not is_last:
-        # WATCH the actor-learners: their episodes, their ends, their silence
+        # WATCH the actor-learners: their games, their ends, their silence
         multiprocessing.connection.wait(connections.values(), timeout=0.1)
-        for i, connection in list(connections.items()):
-            lost, now = None, time.perf_counter()
+        lost = {}
+        for i, connection in connections.items():
             try:
                 while connection.poll():
                     report = connection.recv()
@@ -372,29 +382,29 @@ def train(args, env_class=AtariEnv):
             except (EOFError, ConnectionError):
                 processes[i].join()
                 code = processes[i].exitcode
-                lost = f"died: {signal.Signals(-code).name if code < 0 else code}"
-            if steps[i] != seen[i][0]:
-                seen[i], failures[i] = (int(steps[i]), now), 0
-            elif now - seen[i][1] > args.step_timeout:
-                lost = "did not answer in time"
-            if lost:
-                print(f"\nactor-learner {i} (pid {processes[i].pid}) {lost}; its game starts anew", file=sys.stderr)
-                processes[i].kill()
-                failures[i] += 1
-                if failures[i] == 3:
-                    sys.exit(f"three times without an update: giving up. From the last checkpoint: --resume {run_dir}")
-                start(i)
-        bar.update(first_step + int(steps.sum()) - global_step)
-        global_step = first_step + int(steps.sum())
-        is_last = global_step >= args.total_timesteps or bool(stop_signals)
+                lost[i] = f"died: {signal.Signals(-code).name if code < 0 else code}"
+            if steps[i] > last_seen[i][0]:
+                last_seen[i], failures[i] = (int(steps[i]), time.perf_counter()), 0
+            elif time.perf_counter() - last_seen[i][1] > args.step_timeout:
+                lost[i] = "did not answer in time"
+        is_last = first_step + int(steps.sum()) >= args.total_timesteps or bool(stop_signals)
         if is_last:
-            stop[0] = True
+            stop.fill_(True)
             for process in processes.values():
                 process.join(args.step_timeout)
                 process.kill()
-            global_step = first_step + int(steps.sum())
-        checkpoint_due = is_last or global_step // args.checkpoint_interval > checkpoint_step // args.checkpoint_interval
-        log_due = checkpoint_due or global_step // args.log_interval > logged_step // args.log_interval
+            lost = {}
+        for i, cause in lost.items():
+            print(f"\nactor-learner {i} (pid {processes[i].pid}) {cause}; its game starts anew", file=sys.stderr)
+            processes[i].kill()
+            failures[i] += 1
+            if failures[i] == 3:
+                sys.exit(f"three times without an update: giving up. From the last checkpoint: --resume {run_dir}")
+            start(i)
+        last_step, global_step = global_step, first_step + int(steps.sum())
+        bar.update(global_step - last_step)
+        checkpoint_due = is_last or global_step // args.checkpoint_interval > last_step // args.checkpoint_interval
+        log_due = checkpoint_due or global_step // args.log_interval > last_step // args.log_interval
 
         # LOG AND CHECKPOINT
         try:
@@ -405,10 +415,7 @@ def train(args, env_class=AtariEnv):
                 bar.set_postfix_str(score)
                 if bar.disable:
                     print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
-                learning_rate = args.learning_rate * (1 - args.anneal_lr * min(global_step / args.total_timesteps, 1.0))
-                scalars = {"charts/SPS": speed, "charts/learning_rate": learning_rate}
-                names = ("losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm")
-                scalars |= dict(zip(names, losses.mean(0)))  # the last ones of all actor-learners
+                scalars = {"charts/SPS": speed} | dict(zip(FIGURES, figures.mean(0)))
                 if episodes:
                     scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
                 if not writer:
@@ -418,11 +425,11 @@ def train(args, env_class=AtariEnv):
                     writer.add_scalar(tag, scalar, global_step)
                 logged_step, logged_time, episodes = global_step, time.perf_counter(), []
             if checkpoint_due:
-                checkpoint_step = global_step
-                checkpoint = {"args": asdict(args) | {"resume": None}, "global_step": global_step, "script": SCRIPT}
-                checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint = {"args": asdict(args) | {"resume": None}, "global_step": global_step}
+                checkpoint |= {"script": SCRIPT, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint |= {"recent_scores": [*recent_scores]}
                 writer.flush()
-                save_checkpoint(run_dir / "checkpoint.pt", checkpoint | {"recent_scores": [*recent_scores]})
+                save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
         except OSError as error:
             print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
             writer = None  # its thread is dead

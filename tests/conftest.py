@@ -11,17 +11,21 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core runs a test already
 ROOT = Path(__file__).resolve().parent.parent
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
-SCRIPTS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]
+SYNCHRONOUS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]
+SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-# A run of a few seconds: 4 games, 2 workers, a few updates of 4 x 5 steps.
-SMALL = ["--num-envs", "4", "--num-workers", "2", "--log-interval", "40", "--env-id", "PongNoFrameskip-v4"]
 
 
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script as a module."""
     return importlib.import_module(request.param)
+
+
+def small(script):
+    """Flags of a run of a few seconds: 4 games on 2 workers, or 2 actor-learners; an update takes 20 steps, or 5."""
+    size = ["--num-envs", "2"] if script.__name__ == "a3c_atari" else ["--num-envs", "4", "--num-workers", "2"]
+    return [*size, "--log-interval", "40", "--env-id", "PongNoFrameskip-v4"]
 
 
 def command(script, *args):

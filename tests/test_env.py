@@ -4,7 +4,7 @@ tested; test_drift.py holds those of the other scripts to the same text."""
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import small
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
@@ -109,7 +109,7 @@ def test_restored_game_goes_on_exactly(env_id):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_play_the_same_as_single_games(num_workers):
     """Each game gets its own action once per step, restarts by itself, and shows up in its own place."""
-    args = paac_atari.parse_args([*SMALL, "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
+    args = paac_atari.parse_args([*small(paac_atari), "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
     envs = paac_atari.make_envs(args)
     envs.call_async("start", 7, None)
     obs = np.stack(envs.call_wait(60))
@@ -139,7 +139,7 @@ def test_workers_play_the_same_as_single_games(num_workers):
 
 def test_generators_are_distinct():
     """No two games of any worker share their random numbers, and neither do neighbouring seeds."""
-    streams, args = [], paac_atari.parse_args([*SMALL, "--num-envs", "8", "--num-workers", "0"])
+    streams, args = [], paac_atari.parse_args([*small(paac_atari), "--num-envs", "8", "--num-workers", "0"])
     for seed in (1, 2, 3):
         for first_game in (0, 8):
             worker = paac_atari.make_envs(args, first_game=first_game)

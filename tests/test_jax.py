@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import small
 from games import Scripted, scripted_steps
 
 import paac_atari
@@ -123,7 +123,7 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def train(*flags, env_class=paac_atari_jax.AtariEnv):
-        paac_atari_jax.train(paac_atari_jax.parse_args([*SMALL, *flags]), env_class)
+        paac_atari_jax.train(paac_atari_jax.parse_args([*small(paac_atari), *flags]), env_class)
         return acts, updates
 
     return train

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL
+from conftest import small
 from games import Scripted, scripted_steps
 
 import paac_atari
@@ -178,7 +178,17 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
     monkeypatch.setattr(Scripted, "created", 0)
     monkeypatch.chdir(tmp_path)
     args = paac_atari.parse_args(
-        [*SMALL, "--num-workers", "0", "--num-steps", str(num_steps), "--total-timesteps", "240", "--learning-rate", "0"]
+        [
+            *small(paac_atari),
+            "--num-workers",
+            "0",
+            "--num-steps",
+            str(num_steps),
+            "--total-timesteps",
+            "240",
+            "--learning-rate",
+            "0",
+        ]
     )
     paac_atari.train(args, Scripted)
 

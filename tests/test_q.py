@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Q_SCRIPTS, ROOT, SMALL
+from conftest import Q_SCRIPTS, ROOT, small
 from games import Scripted, scripted_steps
 
 ONE_STEP = Q_SCRIPTS[1:]
@@ -120,7 +120,7 @@ def recorded(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def train(*flags):
-        script.train(script.parse_args([*SMALL, "--num-workers", "0", *flags]), Scripted)
+        script.train(script.parse_args([*small(script), "--num-workers", "0", *flags]), Scripted)
         return rollouts, epsilons
 
     return train

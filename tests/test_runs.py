@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Q_SCRIPTS, ROOT, SMALL, command, only_run, run, scalars
+from conftest import Q_SCRIPTS, ROOT, SYNCHRONOUS, command, only_run, run, scalars, small
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 
@@ -60,7 +61,7 @@ class Run:
     def __init__(self, script, folder, *args):
         self.log = Path(folder, "log.txt")
         with open(self.log, "w") as log:
-            cmd = command(script, *SMALL, *args)
+            cmd = command(script, *small(script), *args)
             self.process = subprocess.Popen(cmd, cwd=folder, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         self.pid = self.process.pid
 
@@ -100,6 +101,11 @@ def load(run_dir):
     return torch.load(path, weights_only=True) if path.suffix == ".pt" else msgpack_restore(path.read_bytes())
 
 
+def reached(script, total_timesteps):
+    """What the last step may be: one of two actor-learners may be in an update when the other one reaches the end."""
+    return (total_timesteps, total_timesteps + 5) if script.__name__ == "a3c_atari" else (total_timesteps,)
+
+
 def assert_same(one, two, path=""):
     """Equal to the last bit, through dicts and lists."""
     if isinstance(one, dict):
@@ -117,11 +123,12 @@ def assert_same(one, two, path=""):
 # ---------------------------------------------------------------------------------------------------------------------- resume
 
 
+@pytest.mark.parametrize("script", SYNCHRONOUS, indirect=True)
 @pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "BreakoutNoFrameskip-v4"])
 def test_resume_after_kill_is_exact(script, start, tmp_path, env_id):
     """2N updates = N updates, kill -9 a little later, resume, N updates: parameters, optimiser, games and curves, bit for bit."""
     args = ["--env-id", env_id, "--checkpoint-interval", "1600", "--total-timesteps", "3200"]
-    assert run(command(script, *SMALL, *args, "--exp-name", "whole"), tmp_path).returncode == 0
+    assert run(command(script, *small(script), *args, "--exp-name", "whole"), tmp_path).returncode == 0
     killed = start(*args, "--exp-name", "killed")
     killed.wait_for_output("step 1,680 of")  # two updates after the checkpoint: TensorBoard is ahead of it
     os.kill(killed.pid, signal.SIGKILL)
@@ -141,10 +148,11 @@ def test_resume_after_kill_is_exact(script, start, tmp_path, env_id):
             assert len(curve) > 2 and curve == resumed_curves[tag], tag
 
 
+@pytest.mark.parametrize("script", SYNCHRONOUS, indirect=True)
 def test_number_of_workers_changes_nothing(script, tmp_path):
     checkpoints = []
     for num_workers in (0, 1, 2):
-        args = [*SMALL, "--num-workers", num_workers, "--exp-name", f"on-{num_workers}", "--total-timesteps", 400]
+        args = [*small(script), "--num-workers", num_workers, "--exp-name", f"on-{num_workers}", "--total-timesteps", 400]
         assert run(command(script, *args), tmp_path).returncode == 0
         (run_dir,) = tmp_path.glob(f"runs/*__on-{num_workers}__*")
         checkpoints.append(load(run_dir))
@@ -155,13 +163,13 @@ def test_number_of_workers_changes_nothing(script, tmp_path):
 
 def test_resume_auto_and_longer(script, tmp_path):
     """auto starts a run or goes on with the one of the same arguments; flags typed with --resume replace the run's."""
-    args = [*SMALL, "--resume", "auto", "--learning-rate", "1e-3"]
+    args = [*small(script), "--resume", "auto", "--learning-rate", "1e-3"]
     assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
     assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0
     assert only_run(tmp_path) == run_dir
     assert run(command(script, "--resume", run_dir, "--total-timesteps", 300), tmp_path).returncode == 0
-    assert load(run_dir)["global_step"] == 300
+    assert load(run_dir)["global_step"] in reached(script, 300)
     assert load(run_dir)["args"]["learning_rate"] == 1e-3
     assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0  # no longer the same arguments
     assert len(list(tmp_path.glob("runs/*"))) == 2
@@ -207,10 +215,8 @@ def test_second_signal_stops_at_once(start):
     "args, words",
     [
         (["--env-id", "CartPole-v1"], ["CartPole-v1 is no Atari game"]),
-        (["--num-envs", "32", "--num-workers", "5"], ["--num-envs 32", "--num-workers 5"]),
         (["--num-envs", "0"], ["--num-envs cannot be 0"]),
         (["--num-steps", "-5"], ["--num-steps cannot be -5"]),
-        (["--num-workers", "-1"], ["--num-workers cannot be -1"]),
         (["--seed", "-1"], ["--seed cannot be -1"]),
         (["--resume", "runs/nowhere"], ["runs/nowhere", "missing"]),
     ],
@@ -221,6 +227,17 @@ def test_bad_arguments_get_one_line(script, capsys, args, words):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1, error
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("script", SYNCHRONOUS, indirect=True)
+@pytest.mark.parametrize(
+    "num_workers, message", [("5", "--num-envs 32 is not a multiple of --num-workers 5"), ("-1", "cannot be -1")]
+)
+def test_bad_number_of_workers_gets_one_line(script, capsys, num_workers, message):
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(["--num-envs", "32", "--num-workers", num_workers])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and message in error, error
 
 
 def test_mistyped_game_from_the_command_line(script, tmp_path):
@@ -245,7 +262,7 @@ class Malicious:
 @pytest.mark.parametrize("kind", ["truncated", "foreign", "pickled"])
 def test_bad_checkpoint_gets_one_line(script, tmp_path, kind):
     if kind == "truncated":
-        assert run(command(script, *SMALL, "--total-timesteps", 20), tmp_path).returncode == 0
+        assert run(command(script, *small(script), "--total-timesteps", 20), tmp_path).returncode == 0
         path = checkpoint_file(only_run(tmp_path))
         path.write_bytes(path.read_bytes()[:100_000])
     else:
@@ -261,30 +278,33 @@ def test_bad_checkpoint_gets_one_line(script, tmp_path, kind):
 # -------------------------------------------------------------------------------------------------------------------- bad luck
 
 
-def test_killed_worker_is_replaced(start, tmp_path):
+def test_killed_worker_is_replaced(script, start, tmp_path):
     r = start("--total-timesteps", "2000")
     r.wait_for_output(" steps/s")
     victim = workers(r.pid)[1]
     os.kill(victim, signal.SIGKILL)
     assert r.wait() == 0
     log = r.log.read_text()
-    assert f"worker 1 (games 2 to 3, pid {victim}) died: SIGKILL" in log
+    assert re.search(rf"(worker 1 \(games 2 to 3, |actor-learner [01] \()pid {victim}\) died: SIGKILL", log)
     assert "Traceback" not in log
-    assert load(only_run(tmp_path))["global_step"] == 2000
+    assert load(only_run(tmp_path))["global_step"] in reached(script, 2000)
 
 
 @pytest.mark.parametrize("moment", ["start", "step"])
-def test_stuck_worker_is_replaced(start, moment):
-    r = start("--total-timesteps", "2000", "--step-timeout", "2")
+def test_stuck_worker_is_replaced(start, tmp_path, moment):
+    r = start("--step-timeout", "2")
     if moment == "start":  # the workers are there, their games not yet
-        r.wait_for_output("2 workers")
+        r.wait_for_output("runs/")
         wait_for(lambda: len(workers(r.pid)) == 2)
     else:
         r.wait_for_output(" steps/s")
     victim = workers(r.pid)[0]
     os.kill(victim, signal.SIGSTOP)
-    assert r.wait() == 0
-    assert f"worker 0 (games 0 to 1, pid {victim}) did not answer in time" in r.log.read_text()
+    r.wait_for_output("did not answer in time")
+    assert re.search(rf"(worker 0 \(games 0 to 1, |actor-learner [01] \()pid {victim}\) did not", r.log.read_text())
+    os.kill(r.pid, signal.SIGINT)
+    assert r.wait() == 128 + signal.SIGINT
+    assert load(only_run(tmp_path))["global_step"] > 0
     assert victim not in parents()
 
 
@@ -306,7 +326,7 @@ def test_gives_up_when_workers_keep_dying(start, tmp_path):
 
 
 def test_not_a_number_stops_before_it_spreads(script, tmp_path):
-    assert run(command(script, *SMALL, "--total-timesteps", 100), tmp_path).returncode == 0
+    assert run(command(script, *small(script), "--total-timesteps", 100), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
     before = checkpoint_file(run_dir).read_bytes()
     result = run(command(script, "--resume", run_dir, "--total-timesteps", 1000, "--learning-rate", "1e30"), tmp_path)
@@ -317,27 +337,27 @@ def test_not_a_number_stops_before_it_spreads(script, tmp_path):
 
 
 def test_full_disk_is_a_warning(script, tmp_path):
-    assert run(command(script, *SMALL, "--total-timesteps", 100), tmp_path).returncode == 0
+    assert run(command(script, *small(script), "--total-timesteps", 100), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
     before = checkpoint_file(run_dir).read_bytes()
 
-    def limit():  # no file may grow beyond 500 kB; a checkpoint is several MB
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    def limit():  # no file may grow beyond 4 MB; a checkpoint has more, what the processes share has less
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, 4_000_000))
 
     args = ["--resume", run_dir, "--total-timesteps", 300, "--checkpoint-interval", 100]
     result = run(command(script, *args), tmp_path, preexec_fn=limit)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("warning: ") == 2 and "File too large" in result.stderr and "Traceback" not in result.stderr
-    assert "step 300 of" in result.stdout
+    assert 1 <= result.stderr.count("warning: ") <= 2 and "File too large" in result.stderr and "Traceback" not in result.stderr
+    assert any(f"step {step} of" in result.stdout for step in reached(script, 300))
     assert checkpoint_file(run_dir).read_bytes() == before
 
 
 def test_unwritable_folder_is_a_warning(script, tmp_path):
     (tmp_path / "runs").write_text("not a folder")
-    result = run(command(script, *SMALL, "--total-timesteps", 80), tmp_path)
+    result = run(command(script, *small(script), "--total-timesteps", 80), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("warning: ") == 2 and "Traceback" not in result.stderr, result.stderr
-    assert "step 80 of" in result.stdout
+    assert 1 <= result.stderr.count("warning: ") <= 2 and "Traceback" not in result.stderr, result.stderr
+    assert any(f"step {step} of" in result.stdout for step in reached(script, 80))
 
 
 def test_nothing_survives_a_killed_learner(start):
@@ -375,16 +395,23 @@ def test_learns_a_small_image_game(script, tmp_path):
 
 
 def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
-    """With both networks, both optimisers and bfloat16; the run leaves a folder that utils/ can evaluate, film and plot."""
+    """With both networks, both optimisers and bfloat16, where it has them."""
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
-    alone = [sys.executable, f"{script.__name__}.py", *SMALL, "--total-timesteps", 200]
+    alone = [sys.executable, f"{script.__name__}.py", *small(script), "--total-timesteps", 200]
     assert run(alone, tmp_path).returncode == 0
-    assert run([*alone, "--arch", "nature", "--optimizer", "rmsprop", "--init", "uniform", "--bf16"], tmp_path).returncode == 0
+    other = [
+        "--arch",
+        "nature",
+        "--init",
+        "uniform",
+        *(["--optimizer", "rmsprop", "--bf16"] if hasattr(script.Args, "bf16") else []),
+    ]
+    assert run([*alone, *other], tmp_path).returncode == 0
     assert len([*filter(checkpoint_file, tmp_path.glob("runs/*"))]) == 2
 
 
 def test_evaluate_and_plot(script, tmp_path):
-    args = [*SMALL, "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 3000]
+    args = [*small(script), "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 3000]
     assert run(command(script, *args), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
     evaluate = [sys.executable, ROOT / "utils" / "evaluate.py", run_dir, "--episodes", 4, "--num-envs", 2]

@@ -4,15 +4,16 @@
     python utils/evaluate.py trained/pong.pt --greedy --json pong.json  # always the best action; scores to a file
     python utils/evaluate.py trained/pong.pt --video pong.mp4           # also record a game (.mp4 or .gif)
 
-The games run in parallel on the script's own workers. Each slot plays the same fixed number of games: taking whichever games end
-first would favour short ones. Human and random scores: atari_human_random.csv, from DeepMind's dqn_zoo (no-op starts).
+The script's own games run in parallel on paac_atari.py's workers. Each slot plays the same fixed number of games: taking
+whichever end first would favour short ones. Human and random scores: atari_human_random.csv, from DeepMind's dqn_zoo (no-op
+starts).
 """
 
 import csv
 import importlib
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from PIL import Image
 
 UTILS = Path(__file__).resolve().parent
 sys.path.insert(0, str(UTILS.parent))
+import paac_atari
 
 
 @dataclass
@@ -49,7 +51,7 @@ def load_torch(path, device):
     script = importlib.import_module(checkpoint["script"])
     args = script.Args(**checkpoint["args"])
     num_actions = len(checkpoint["agent"].get("policy.bias", checkpoint["agent"].get("q.bias")))
-    agent = script.Agent(num_actions, args.arch, bf16=args.bf16).to(device)
+    agent = script.Agent(num_actions, args.arch, bf16=getattr(args, "bf16", False)).to(device)
     agent.load_state_dict(checkpoint["agent"])
     return checkpoint, script, args, lambda obs: agent(torch.as_tensor(obs, device=device))
 
@@ -140,13 +142,14 @@ def evaluate(args):
     files = [Path(args.checkpoint, name) for name in ("", "checkpoint.pt", "checkpoint.msgpack")]
     path = next((file for file in files if file.is_file()), None) or sys.exit(f"{args.checkpoint}: no checkpoint")
     checkpoint, script, run_args, network = (load_jax if path.suffix == ".msgpack" else load_torch)(path, device)
-    run_args = replace(run_args, terminal_on_life_loss=False)  # whole games
     act = make_act(script, network, args.greedy, args.epsilon)
     sampled = f"epsilon-greedy ({args.epsilon:g})" if hasattr(script, "epsilon_greedy") else "sampled"
     games_per_slot = -(-args.episodes // args.num_envs)
-    envs = script.make_envs(replace(run_args, num_envs=args.num_envs, num_workers=args.num_workers))
+    sizes = {"num_envs": args.num_envs, "num_workers": args.num_workers}
+    games = {"env_id": run_args.env_id, "frame_skip": run_args.frame_skip, "terminal_on_life_loss": False}
+    envs = paac_atari.make_envs(paac_atari.Args(**games, **sizes), script.AtariEnv)
     scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
-    script.close_envs(envs)
+    paac_atari.close_envs(envs)
     result = {
         "checkpoint": str(args.checkpoint),
         "env_id": run_args.env_id,

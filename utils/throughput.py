@@ -178,7 +178,9 @@ def train_speed(args, script, num_envs, network):
     """Steps/s of a script, and which part of the time went to the games, to acting and to learning."""
     with tempfile.TemporaryDirectory() as folder:
         cmd = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
-        cmd += ["--num-workers", args.num_workers, "--log-interval", 1000]
+        cmd += ["--log-interval", 1000]
+        if hasattr(importlib.import_module(script).Args, "num_workers"):  # each game of A3C is a process
+            cmd += ["--num-workers", args.num_workers]
         cmd += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
         with open(Path(folder, "log"), "w") as log:
             process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
@@ -194,9 +196,9 @@ def train_speed(args, script, num_envs, network):
         steps = np.diff([p.step for p in events.Scalars("charts/SPS")[1:-1]])
         seconds = steps / [p.value for p in points]
         split = {}
-        for part in ("env", "act", "learn"):
-            values = [p.value for p in events.Scalars(f"time/{part}")[2:-1]]
-            split[part] = float(np.average(values, weights=seconds))
+        for tag in sorted(tag for tag in events.Tags()["scalars"] if tag.startswith("time/")):  # A3C has none
+            values = [p.value for p in events.Scalars(tag)[2:-1]]
+            split[tag.removeprefix("time/")] = float(np.average(values, weights=seconds))
         return float(steps.sum() / seconds.sum()), split
 
 

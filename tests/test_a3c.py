@@ -1,0 +1,136 @@
+"""The asynchronous script: one actor-learner computes what a plain sequential program does; several change the same memory."""
+
+import multiprocessing
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import only_run, scalars, small
+from games import Catch, Scripted
+
+import a3c_atari
+
+
+class Cut(Scripted):
+    """Ends by a time limit after 4 steps."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.number = 1
+
+
+def trained(tmp_path, monkeypatch, env_class, *flags):
+    """The run's folder and its checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    a3c_atari.train(a3c_atari.parse_args([*small(a3c_atari), *flags]), env_class)
+    return only_run(tmp_path), torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("env_class", [Catch, Cut])
+def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, env_class):
+    """One set of parameters, no processes, targets in plain numbers, RMSProp by hand: the same parameters after 20 updates."""
+    lr, eps, clip, gamma, ent_coef, vf_coef = 1e-2, 1e-3, 0.1, 0.9, 0.02, 0.3
+    flags = ["--num-envs", "1", "--total-timesteps", "100", "--seed", "3", "--learning-rate", str(lr), "--gamma", str(gamma)]
+    flags += [
+        "--optimizer-epsilon",
+        str(eps),
+        "--ent-coef",
+        str(ent_coef),
+        "--vf-coef",
+        str(vf_coef),
+        "--max-grad-norm",
+        str(clip),
+    ]
+    _, checkpoint = trained(tmp_path, monkeypatch, env_class, *flags)
+    assert checkpoint["global_step"] == 100
+
+    env = env_class("", 4, True)
+    torch.manual_seed(3)
+    agent = a3c_atari.Agent(env.action_space.n)
+    game_seed, network_seed = map(int, np.random.SeedSequence([3, 0, 0]).generate_state(2))
+    torch.manual_seed(network_seed)
+    obs, _ = env.reset(seed=game_seed)
+    mean_squares = [torch.ones_like(p) for p in agent.parameters()]
+    for update in range(20):
+        log_policies, values, actions, rewards, after = [], [], [], [], []  # after: the value that ends a return, or None
+        for _ in range(5):
+            logits, value = agent(torch.tensor(obs[None]))
+            action = int((logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax())
+            obs, reward, terminated, truncated, _ = env.step(action)
+            log_policies.append(logits[0].log_softmax(-1))
+            values.append(value[0])
+            actions.append(action)
+            rewards.append(min(max(reward, -1.0), 1.0))
+            after.append(0.0 if terminated else agent(torch.tensor(obs[None]))[1].item() if truncated else None)
+            if env.game_over:
+                obs, _ = env.reset()
+        target, loss = agent(torch.tensor(obs[None]))[1].item(), 0.0
+        for t in (4, 3, 2, 1, 0):
+            target = rewards[t] + gamma * (target if after[t] is None else after[t])
+            advantage = target - values[t].item()
+            entropy = -(log_policies[t].exp() * log_policies[t]).sum()
+            loss -= log_policies[t][actions[t]] * advantage / 5
+            loss += (vf_coef * (target - values[t]) ** 2 - ent_coef * entropy) / 5
+        gradients = torch.autograd.grad(loss, list(agent.parameters()))
+        norm = sum(float((g**2).sum()) for g in gradients) ** 0.5
+        with torch.no_grad():
+            for p, g, mean_square in zip(agent.parameters(), gradients, mean_squares):
+                g = g * min(1.0, clip / norm)
+                mean_square += 0.01 * (g**2 - mean_square)
+                p -= lr * (1 - 5 * update / 100) * g / (mean_square + eps) ** 0.5
+    initial = a3c_atari.Agent(env.action_space.n)
+    for (name, p), q in zip(agent.named_parameters(), checkpoint["agent"].values()):
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
+    assert any((p - q).abs().max() > 1e-2 for p, q in zip(initial.parameters(), agent.parameters()))
+
+
+def test_updates_reach_the_shared_memory():
+    """Two actor-learners change the parameters and mean squares that this process sees, each one counts its own steps."""
+    args = a3c_atari.Args(num_envs=2)
+    agent = a3c_atari.Agent(3).share_memory()
+    optimizer = a3c_atari.RMSpropTF(agent.parameters(), lr=1e-3, eps=1e-5)
+    steps, figures = torch.zeros(2, dtype=torch.int64).share_memory_(), torch.zeros(2, len(a3c_atari.FIGURES)).share_memory_()
+    stop = torch.zeros(1, dtype=torch.bool).share_memory_()
+    for state in optimizer.state.values():
+        state["square_avg"].share_memory_()
+    processes, connections = [], []
+
+    def play(i, updates):
+        before = [x.clone() for x in (*agent.parameters(), *(s["square_avg"] for s in optimizer.state.values()))]
+        connections.append(mp.Pipe(duplex=False))
+        shared = (agent, optimizer, 0, steps, figures, stop, connections[-1][1])
+        processes.append(mp.get_context("forkserver").Process(target=a3c_atari.actor_learner, args=(i, 0, args, Catch, *shared)))
+        processes[-1].start()
+        deadline = time.monotonic() + 60
+        while steps[i] < 5 * updates and time.monotonic() < deadline:
+            time.sleep(0.01)
+        after = (*agent.parameters(), *(s["square_avg"] for s in optimizer.state.values()))
+        assert steps[i] >= 5 * updates and all((a != b).any() for a, b in zip(before, after))
+
+    play(0, 5)
+    assert steps[1] == 0 and not figures[1].any() and figures[0].all()
+    play(1, 5)
+    assert figures.all()
+    stop.fill_(True)
+    for process in processes:
+        process.join(10)
+        assert process.exitcode == 0
+
+
+def test_concurrent_updates_stay_finite(tmp_path, monkeypatch):
+    """Eight actor-learners on as many cores as there are, at a high learning rate; none is left behind."""
+    flags = ["--num-envs", "8", "--total-timesteps", "8000", "--learning-rate", "1e-3", "--log-interval", "1000"]
+    run_dir, checkpoint = trained(tmp_path, monkeypatch, Catch, *flags)
+    assert all(p.isfinite().all() for p in checkpoint["agent"].values())
+    curves = scalars(run_dir)
+    assert {*a3c_atari.FIGURES, "charts/SPS", "charts/episodic_return"} <= curves.keys()
+    assert np.isfinite([value for curve in curves.values() for _, value in curve]).all()
+    assert not multiprocessing.active_children()
+
+
+def test_learning_rate_falls_with_the_steps_of_all(tmp_path, monkeypatch):
+    run_dir, _ = trained(tmp_path, monkeypatch, Catch, "--total-timesteps", "2000", "--log-interval", "100")
+    for step, lr in scalars(run_dir)["charts/learning_rate"]:
+        assert lr == pytest.approx(3e-4 * (1 - step / 2000), abs=3e-4 * 60 / 2000)  # a few updates go on while it is logged
