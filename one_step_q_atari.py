@@ -69,11 +69,11 @@ class Args:  # the comments are the texts of --help
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
     learning_rate: float = 4e-4  # at the start
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
-    num_steps: int = 5  # steps per game and update, t_max
+    num_steps: int = 1  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
     final_epsilons: tuple[float, ...] = (0.1,)  # shares of random actions in the end; the games take these numbers in turn
     exploration_steps: int = 1_000_000  # agent steps in which a game's share of random actions falls from 1 to its final one
-    target_interval: int = 32_000  # agent steps, summed over the games, between two updates of the target network
+    target_interval: int = 5_000  # agent steps, summed over the games, between two updates of the target network
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
     optimizer_epsilon: float = 1e-5  # added to the root of the mean square; by rmsprop, inside it (paper: 0.1)

@@ -16,7 +16,7 @@ PAIRS += [(PAAC, A3C, ["AtariEnv", "Agent", "RMSpropTF", "compute_returns", "com
 PAIRS += [(PAAC, A3C, ["load_checkpoint", "fail"])]
 PAIRS += [(PAAC, "nstep_q_atari", ["compute_returns"])]
 PAIRS += [("nstep_q_atari", script, ["Agent", "epsilon_greedy"]) for script in Q_SCRIPTS[1:]]
-PAIRS += [("one_step_q_atari", "one_step_sarsa_atari", ["Args", "compute_loss"]), ("nstep_q_atari", "one_step_q_atari", ["Args"])]
+PAIRS += [("one_step_q_atari", "one_step_sarsa_atari", ["Args", "compute_loss"])]
 BUDGETS = {
     (PAAC, "nstep_q_atari"): 120,
     ("nstep_q_atari", "one_step_q_atari"): 45,

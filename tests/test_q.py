@@ -120,22 +120,24 @@ def recorded(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def train(*flags):
-        script.train(script.parse_args([*small(script), "--num-workers", "0", *flags]), Scripted)
+        script.train(script.parse_args([*small(script), "--num-workers", "0", "--num-steps", "5", *flags]), Scripted)
         return rollouts, epsilons
 
     return train
 
 
-def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded, num_steps):
     """Every Q-value belongs to the observation acted on, every reward to its action, what follows a step to the observation
     after it, at a time limit to the game's last one. Sarsa's targets differ from Q's exactly where the next action is not the
     best."""
-    rollouts, _ = recorded("--total-timesteps", "400", "--learning-rate", "0", "--exploration-steps", "1000000")
-    assert len(rollouts) == 20
+    flags = ["--total-timesteps", "400", "--learning-rate", "0", "--exploration-steps", "1000000", "--num-steps", str(num_steps)]
+    rollouts, _ = recorded(*flags)
+    assert len(rollouts) == 100 / num_steps
     sarsa, nstep = "sarsa" in script.__name__, "nstep" in script.__name__
     games, differing = scripted_steps(4), 0
     for i, r in enumerate(rollouts):
-        steps = list(islice(games, 5))
+        steps = list(islice(games, num_steps))
         for t, (shown, last_shown, over, cut, next_shown) in enumerate(steps):
             np.testing.assert_array_equal(r["q_values"][t], np.stack([shown, shown + 0.5], 1))
             np.testing.assert_array_equal(r["rewards"][t], np.where(r["actions"][t] == 1, 1.0, -0.5))
@@ -143,8 +145,9 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded):
             np.testing.assert_array_equal(r["truncations"][t], cut)
             final = r["final_values"][t].numpy()[cut] - last_shown[cut]
             assert np.isin(final, (0, 0.5)).all() if sarsa else (final == 0.5).all()  # Sarsa's action is drawn but never taken
-            if sarsa and not (t == 4 and i == 19):
-                taken = (r["actions"][t + 1] if t < 4 else rollouts[i + 1]["actions"][0]).numpy()
+            last = t == num_steps - 1
+            if sarsa and not (last and r is rollouts[-1]):
+                taken = (rollouts[i + 1]["actions"][0] if last else r["actions"][t + 1]).numpy()
                 np.testing.assert_array_equal(r["next_values"][t], next_shown + 0.5 * taken)
                 differing += (taken == 0).sum()
             elif not nstep and not sarsa:

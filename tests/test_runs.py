@@ -399,13 +399,8 @@ def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
     shutil.copy(ROOT / f"{script.__name__}.py", tmp_path)
     alone = [sys.executable, f"{script.__name__}.py", *small(script), "--total-timesteps", 200]
     assert run(alone, tmp_path).returncode == 0
-    other = [
-        "--arch",
-        "nature",
-        "--init",
-        "uniform",
-        *(["--optimizer", "rmsprop", "--bf16"] if hasattr(script.Args, "bf16") else []),
-    ]
+    other = ["--arch", "nature", "--init", "uniform"]
+    other += ["--optimizer", "rmsprop", "--bf16"] if hasattr(script.Args, "bf16") else []
     assert run([*alone, *other], tmp_path).returncode == 0
     assert len([*filter(checkpoint_file, tmp_path.glob("runs/*"))]) == 2
 
@@ -415,6 +410,7 @@ def test_evaluate_and_plot(script, tmp_path):
     assert run(command(script, *args), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
     evaluate = [sys.executable, ROOT / "utils" / "evaluate.py", run_dir, "--episodes", 4, "--num-envs", 2]
+    evaluate += ["--export", checkpoint_file(run_dir).name]
     result = run([*evaluate, "--json", "scores.json", "--video", "video.mp4", "--video-seconds", 3], tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -423,8 +419,12 @@ def test_evaluate_and_plot(script, tmp_path):
     assert scores["standard_error"] == pytest.approx(np.std(scores["scores"], ddof=1) / 2)
     assert scores["human_normalised_percent"] == pytest.approx(100 * (scores["mean"] - 1.7) / (30.5 - 1.7))
     assert all(length > 80 for length in scores["lengths"])  # whole games of five lives
+    assert load(tmp_path).keys() == {"script", "args", "global_step", "agent"}
     assert (tmp_path / "video.mp4").stat().st_size > 10_000
     result = run([sys.executable, ROOT / "utils" / "plot.py", run_dir, "--csv", "curve.csv"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert (tmp_path / "curve.csv").read_text().startswith("env_id,label,seed,steps")
+    curve = (tmp_path / "curve.csv").read_text()
+    assert curve.startswith("env_id,label,seed,steps") and curve.count("\n") > 2
+    result = run([sys.executable, ROOT / "utils" / "plot.py", "curve.csv", "--csv", "again.csv"], tmp_path)
+    assert result.returncode == 0 and (tmp_path / "again.csv").read_text() == curve

@@ -3,6 +3,7 @@
     python utils/plot.py runs/Pong*                                    # all runs of a game, x in agent steps
     python utils/plot.py runs/* --x hours --out curves.png --csv curves.csv
     python utils/plot.py runs/A runs/B --labels "default" "paper"      # one line per label, in the order of the runs
+    python utils/plot.py runs/* results/pong.csv                       # beside curves that an earlier --csv has kept
 
 Runs of the same game and the same label (or, without labels, the same --exp-name) are seeds of one line: it shows their mean, the
 shade lies between the lowest and the highest of them. A point is the mean score of the games that ended since the point before;
@@ -26,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 @dataclass
 class Args:
-    runs: Annotated[list[str], tyro.conf.Positional]  # run folders
+    runs: Annotated[list[str], tyro.conf.Positional]  # run folders, or files written by --csv with the same --x
     x: Literal["steps", "frames", "hours"] = "steps"  # agent steps, emulator frames (4 per step) or hours of training
     tag: str = "charts/episodic_return"  # any TensorBoard tag
     smooth: int = 20  # points to average over
@@ -54,16 +55,31 @@ def read_run(run_dir, tag, x, smooth):
     return {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}[x], values
 
 
+def read_csv(path, tag, x):
+    """{(env_id, label, seed): (x, values)} of a file written by --csv."""
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    if header[3:] != [x, tag]:
+        sys.exit(f"{path} has {header[4]} over {header[3]}, not {tag} over {x}")
+    curves = {}
+    for *key, x, y in rows:
+        curves.setdefault(tuple(key), []).append((float(x), float(y)))
+    return {key: np.array(points).T for key, points in curves.items()}
+
+
 def main(args):
     if args.labels and len(args.labels) != len(args.runs):
         sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
     panels, rows = {}, []
     for i, run in enumerate(args.runs):
-        env_id, exp_name, seed, _ = Path(run).name.rsplit("__", 3)
-        label = args.labels[i] if args.labels else exp_name
-        curve = read_run(run, args.tag, args.x, args.smooth)
-        panels.setdefault(env_id, {}).setdefault(label, []).append(curve)
-        rows += [(env_id, label, seed, f"{x:g}", f"{y:.4g}") for x, y in zip(*curve)]
+        if Path(run).suffix == ".csv":
+            curves = read_csv(run, args.tag, args.x)
+        else:
+            curves = {tuple(Path(run).name.rsplit("__", 3)[:3]): read_run(run, args.tag, args.x, args.smooth)}
+        for (env_id, label, seed), curve in curves.items():
+            label = args.labels[i] if args.labels else label
+            panels.setdefault(env_id, {}).setdefault(label, []).append(curve)
+            rows += [(env_id, label, seed, f"{x:g}", f"{y:.4g}") for x, y in zip(*curve)]
 
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (env_id, lines) in zip(axes[0], panels.items()):
