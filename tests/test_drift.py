@@ -8,12 +8,14 @@ import pytest
 from conftest import Q_SCRIPTS, ROOT
 
 PAAC = "paac_atari"
-JAX, A3C = "paac_atari_jax", "a3c_atari"
+JAX, A3C, MULTIGPU = "paac_atari_jax", "a3c_atari", "paac_atari_multigpu"
 SHARED = ["AtariEnv", "AtariWorker", "LocalEnvs", "make_envs", "close_envs", "fail", "parse_args"]
 PAIRS = [(PAAC, script, [*SHARED, "RMSpropTF", "save_checkpoint", "load_checkpoint"]) for script in Q_SCRIPTS]
 PAIRS += [(PAAC, JAX, ["Args", *SHARED])]
 PAIRS += [(PAAC, A3C, ["AtariEnv", "Agent", "RMSpropTF", "compute_returns", "compute_loss", "save_checkpoint"])]
 PAIRS += [(PAAC, A3C, ["load_checkpoint", "fail"])]
+PAIRS += [(PAAC, MULTIGPU, [*SHARED[:-1], "Agent", "RMSpropTF", "compute_returns", "compute_loss", "save_checkpoint"])]
+PAIRS += [(PAAC, MULTIGPU, ["load_checkpoint"])]
 PAIRS += [(PAAC, "nstep_q_atari", ["compute_returns"])]
 PAIRS += [("nstep_q_atari", script, ["Agent", "epsilon_greedy"]) for script in Q_SCRIPTS[1:]]
 PAIRS += [("one_step_q_atari", "one_step_sarsa_atari", ["Args", "compute_loss"])]
@@ -22,6 +24,7 @@ BUDGETS = {
     ("nstep_q_atari", "one_step_q_atari"): 45,
     ("one_step_q_atari", "one_step_sarsa_atari"): 45,
     (PAAC, JAX): 250,
+    (PAAC, MULTIGPU): 110,
 }
 
 
@@ -54,7 +57,7 @@ def test_diff_shows_the_algorithm_alone(pair):
     assert f"`diff {' '.join(files)}` | {changed} |" in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("script", [PAAC, *Q_SCRIPTS, JAX, A3C])
+@pytest.mark.parametrize("script", [PAAC, *Q_SCRIPTS, JAX, A3C, MULTIGPU])
 def test_one_script_one_algorithm(script):
     """No switch between algorithms, nothing imported from this repository."""
     text = source(script)

@@ -123,8 +123,11 @@ def assert_same(one, two, path=""):
 # ---------------------------------------------------------------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("script", SYNCHRONOUS, indirect=True)
-@pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "BreakoutNoFrameskip-v4"])
+@pytest.mark.parametrize(
+    "script, env_id",
+    [*((script, "ALE/Qbert-v5") for script in SYNCHRONOUS), ("paac_atari", "BreakoutNoFrameskip-v4")],
+    indirect=["script"],
+)
 def test_resume_after_kill_is_exact(script, start, tmp_path, env_id):
     """2N updates = N updates, kill -9 a little later, resume, N updates: parameters, optimiser, games and curves, bit for bit."""
     args = ["--env-id", env_id, "--checkpoint-interval", "1600", "--total-timesteps", "3200"]
@@ -163,7 +166,7 @@ def test_number_of_workers_changes_nothing(script, tmp_path):
 
 def test_resume_auto_and_longer(script, tmp_path):
     """auto starts a run or goes on with the one of the same arguments; flags typed with --resume replace the run's."""
-    args = [*small(script), "--resume", "auto", "--learning-rate", "1e-3"]
+    args = ["--num-envs", "2", "--resume", "auto", "--learning-rate", "1e-3", "--env-id", "PongNoFrameskip-v4"]  # any workers
     assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
     assert run(command(script, *args, "--total-timesteps", 200), tmp_path).returncode == 0
