@@ -5,7 +5,7 @@
     python utils/evaluate.py trained/pong.pt --video pong.mp4           # also record a game (.mp4 or .gif)
 
 The script's own games run in parallel on paac_atari.py's workers. Each slot plays the same fixed number of games: taking
-whichever end first would favour short ones. Human and random scores: atari_human_random.csv, from DeepMind's dqn_zoo (no-op
+whichever end first would favour short ones. Human and random scores: published/human_random.csv, from DeepMind's dqn_zoo (no-op
 starts).
 """
 
@@ -130,7 +130,7 @@ def record(env, act, seed, path, seconds):
 
 def human_normalised(env_id, score):
     """100 * (score - random) / (human - random), or None for games without a published human score."""
-    with open(UTILS / "atari_human_random.csv", newline="") as file:
+    with open(UTILS / "published" / "human_random.csv", newline="") as file:
         table = {row["game"]: row for row in csv.DictReader(file)}
     row = table.get(gym.spec(env_id).kwargs["game"])
     return row and 100 * (score - float(row["random"])) / (float(row["human"]) - float(row["random"]))

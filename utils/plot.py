@@ -4,6 +4,7 @@
     python utils/plot.py runs/* --x hours --out curves.png --csv curves.csv
     python utils/plot.py runs/A runs/B --labels "default" "paper"      # one line per label, in the order of the runs
     python utils/plot.py runs/* results/pong.csv                       # beside curves that an earlier --csv has kept
+    python utils/plot.py runs/Pong* utils/published/paac_curves.csv    # beside the PAAC paper's, as far as the runs go
 
 Runs of the same game and the same label (or, without labels, the same --exp-name) are seeds of one line: it shows their mean, the
 shade lies between the lowest and the highest of them. A point is the mean score of the games that ended since the point before;
@@ -36,15 +37,20 @@ class Args:
     csv: str | None = None  # file for the smoothed curve of each run
 
 
-def read_run(run_dir, tag, x, smooth):
-    """x and smoothed values of a run; what was logged twice around a crash counts once."""
+def read_tags(run_dir):
+    """{tag: points} of a run; what was logged twice around a crash is there once."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    if tag not in events.Tags()["scalars"]:
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+
+
+def read_run(run_dir, tag, x, smooth):
+    """x and smoothed values of a run."""
+    tags = read_tags(run_dir)
+    if tag not in tags:
         sys.exit(f"{run_dir} has no {tag}: has a game ended yet?")
-    points = events.Scalars(tag)
-    steps, values = np.array([p.step for p in points], float), np.array([p.value for p in points])
-    speed = events.Scalars("charts/SPS")  # of each interval: summing up time leaves out pauses between stop and resume
+    steps, values = np.array([p.step for p in tags[tag]], float), np.array([p.value for p in tags[tag]])
+    speed = tags["charts/SPS"]  # of each interval: summing up time leaves out pauses between stop and resume
     logged = np.array([p.step for p in speed], float)
     hours = np.cumsum(np.diff(logged, prepend=0) / [p.value for p in speed]) / 3600
     smooth = min(smooth, len(values))
@@ -70,16 +76,23 @@ def read_csv(path, tag, x):
 def main(args):
     if args.labels and len(args.labels) != len(args.runs):
         sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
-    panels, rows = {}, []
-    for i, run in enumerate(args.runs):
-        if Path(run).suffix == ".csv":
+    panels, rows, ends = {}, [], {}
+    for i in sorted(
+        range(len(args.runs)), key=lambda i: args.runs[i].endswith(".csv")
+    ):  # what is in files goes as far as the runs
+        run = args.runs[i]
+        if run.endswith(".csv"):
             curves = read_csv(run, args.tag, args.x)
         else:
-            curves = {tuple(Path(run).name.rsplit("__", 3)[:3]): read_run(run, args.tag, args.x, args.smooth)}
-        for (env_id, label, seed), curve in curves.items():
-            label = args.labels[i] if args.labels else label
-            panels.setdefault(env_id, {}).setdefault(label, []).append(curve)
-            rows += [(env_id, label, seed, f"{x:g}", f"{y:.4g}") for x, y in zip(*curve)]
+            env_id, exp_name, seed, _ = Path(run).name.rsplit("__", 3)
+            curves = {(env_id, exp_name, seed): read_run(run, args.tag, args.x, args.smooth)}
+            ends[env_id] = max(ends.get(env_id, 0), curves[env_id, exp_name, seed][0][-1])
+        for (env_id, label, seed), (x, values) in curves.items():
+            inside = x <= ends.get(env_id, 0 if ends else np.inf)
+            if inside.any():
+                label = args.labels[i] if args.labels else label
+                panels.setdefault(env_id, {}).setdefault(label, []).append((x[inside], values[inside]))
+                rows += [(env_id, label, seed, f"{a:g}", f"{b:.4g}") for a, b in zip(x[inside], values[inside])]
 
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (env_id, lines) in zip(axes[0], panels.items()):

@@ -1,0 +1,57 @@
+"""utils/benchmark.py trains what it was asked for, swallows no failure, goes on where it was, and writes what the curves say."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run, scalars
+from test_runs import descendants, load, parents, wait_for
+
+BENCHMARK = [sys.executable, str(ROOT / "utils" / "benchmark.py")]
+PLAN = """# one that works and one that fails
+paac_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 4 --log-interval 500 --total-timesteps 4000
+paac_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 4 --exp-name broken --learning-rate 1e30
+"""
+
+
+def test_failures_are_reported_and_results_kept(tmp_path):
+    (tmp_path / "runs.txt").write_text(PLAN)
+    command = [*BENCHMARK, "--runs", "runs.txt", "--retries", "1", "--window", "2000"]
+    result = run(command, tmp_path)
+    assert result.returncode == 1
+    assert "1 of 2 runs" in result.stderr and "--learning-rate may help" in result.stderr, result.stderr
+    assert result.stdout.count("start: ") == 2 and result.stdout.count("again: ") == 1
+    (run_dir,) = tmp_path.glob("runs/*__paac_atari__*")
+    curve = [value for step, value in scalars(run_dir)["charts/episodic_return"] if step > 2000]
+    with open(tmp_path / "benchmark.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["score"]) == pytest.approx(np.mean(curve), rel=1e-6) and row["seeds"] == "1"
+    assert (row["random"], row["human"], row["A2C, 10M"], row["PAAC nips, 115M"]) == ("1.7", "30.5", "303.0", "470.1")
+    assert "| BreakoutNoFrameskip-v4 | paac_atari | 4,000 | 1 |" in (tmp_path / "benchmark.md").read_text()
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    checkpoint = (run_dir / "checkpoint.pt").read_bytes()
+    assert run([*command[:-4], "--retries", "0"], tmp_path).returncode == 1  # again: nothing is trained twice
+    assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
+
+
+def test_a_signal_stops_all_runs_with_checkpoints(tmp_path):
+    command = [*BENCHMARK, "--games", "Pong", "--seeds", "1", "2", "3", "--parallel", "2"]
+    command += ["--flags=--num-envs 4 --log-interval 100"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len([log for log in tmp_path.glob("benchmark/*.log") if " steps/s" in log.read_text()]) == 2)
+    family = descendants(process.pid)
+    os.kill(process.pid, signal.SIGINT)
+    assert "3 of 3 runs are not finished; the same command goes on" in process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and not family & parents().keys()
+    run_dirs = list(tmp_path.glob("runs/*"))
+    assert len(run_dirs) == 2 and all(load(run_dir)["global_step"] > 0 for run_dir in run_dirs)
+
+
+def test_plan_names_its_mistakes(tmp_path):
+    result = run([*BENCHMARK, "--games", "Breakou"], tmp_path)
+    assert result.returncode == 2 and "closest: BreakoutNoFrameskip-v4" in result.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,214 @@
+"""Train scripts x games x numbers of games x seeds, as many side by side as fit, and put the scores beside the published ones.
+
+    python utils/benchmark.py --games Pong Breakout --seeds 1 2 3        # paac_atari.py with its default setting
+    python utils/benchmark.py --scripts paac_atari nstep_q_atari --games Breakout --flags="--total-timesteps 2000000"
+    python utils/benchmark.py --runs runs.txt                            # any command lines, one per line
+
+The same command again goes on with whatever is unfinished; Ctrl-C stops all runs with a checkpoint each. A run that fails is
+resumed --retries times and, if that does not help, reported: the table is still made, and the exit code is 1. Runs go to runs/,
+what they print to NAME/*.log, the results to NAME.md, NAME.csv and NAME.png (NAME: --out); sources of the published numbers:
+published/README.md.
+"""
+
+import csv
+import importlib
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import plot
+import tyro
+from evaluate import human_normalised
+
+UTILS = Path(__file__).resolve().parent
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+PUBLISHED = {  # column: (file, column of the file)
+    "random": ("human_random.csv", "random"),
+    "human": ("human_random.csv", "human"),
+    "A2C, 10M": ("atari_scores.csv", "a2c_10Msteps_ppo_paper"),
+    "PAAC nips, 115M": ("paac_table1.csv", "paac_arch_nips"),
+    "PAAC nature, 115M": ("paac_table1.csv", "paac_arch_nature"),
+    "A3C, 4 days": ("paac_table1.csv", "a3c_ff"),
+    "GA3C": ("paac_table1.csv", "ga3c"),
+    "Gorila": ("paac_table1.csv", "gorila"),
+}
+
+
+@dataclass
+class Args:
+    scripts: list[str] = field(default_factory=lambda: ["paac_atari"])  # without .py
+    games: list[str] = field(default_factory=lambda: ["Pong"])  # Pong: PongNoFrameskip-v4; or whole ids
+    seeds: list[int] = field(default_factory=lambda: [1])
+    num_envs: list[int] = field(default_factory=list)  # numbers of games in parallel; none: the script's own
+    flags: str = ""  # more flags for all runs: --flags="--arch nature --num-steps 10"
+    runs: str | None = None  # instead: a file of command lines like "paac_atari.py --env-id ALE/Pong-v5 --seed 2"
+    parallel: int = CORES  # runs side by side, each with its share of the cores
+    retries: int = 2  # how often a failed run is resumed
+    budgets: list[int] = field(default_factory=list)  # a table after so many steps each; none: at the end of the runs
+    window: int = 200_000  # a score is the mean of the points of the curve in the last so many steps
+    out: str = "benchmark"  # name of the results and of the folder of the logs
+
+
+@dataclass
+class Run:
+    script: str
+    flags: list[str]  # as typed
+    args: object  # the script's Args
+    error: str | None = None
+
+    @property
+    def name(self):
+        return f"{self.args.env_id.replace('/', '-')}__{self.args.exp_name}__{self.args.seed}"
+
+    @property
+    def folder(self):
+        """The newest run folder of this name, or None."""
+        return max(Path("runs").glob(f"{self.name}__*"), key=os.path.getmtime, default=None)
+
+
+def plan(args):
+    """All runs; a mistyped game or flag ends here, in the script's own words."""
+    if args.runs:
+        lines = [line for line in Path(args.runs).read_text().splitlines() if line.strip() and not line.startswith("#")]
+    else:
+        lines = []
+        for script, game, n, seed in itertools.product(args.scripts, args.games, args.num_envs or [None], args.seeds):
+            env_id = game if game in gym.registry else f"{game}NoFrameskip-v4"
+            size = f"--num-envs {n} --exp-name {script}-{n}" if n else ""
+            lines.append(f"{script}.py --env-id {env_id} --seed {seed} {size} {args.flags}")
+    runs = []
+    for line in lines:
+        script, *flags = shlex.split(line)
+        script = script.removesuffix(".py")
+        runs.append(Run(script, flags, importlib.import_module(script).parse_args(flags)))
+    if len({run.name for run in runs}) < len(runs):
+        sys.exit("two runs have the same game, --exp-name and --seed")
+    return runs
+
+
+def train(run, args, stopping, processes):
+    """Start or resume one run until it is through; what is wrong with it is left in run.error."""
+    cores = max(1, CORES // args.parallel)
+    cmd = [sys.executable, UTILS.parent / f"{run.script}.py", *run.flags, "--resume", "auto"]
+    if hasattr(run.args, "num_workers") and "--num-workers" not in run.flags:
+        cmd += ["--num-workers", max(n for n in range(1, cores + 1) if run.args.num_envs % n == 0)]
+    log = Path(args.out, f"{run.name}.log")
+    for attempt in range(1 + args.retries):
+        if stopping.is_set():
+            run.error = "not finished"
+            return
+        print(f"{'start' if attempt == 0 else 'again'}: {run.name}", flush=True)
+        with open(log, "a") as file:
+            env = os.environ | {"OMP_NUM_THREADS": str(cores)}
+            options = {"stdout": file, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+            process = subprocess.Popen(list(map(str, cmd)), **options)
+            processes.append(process)
+            code = process.wait()
+        if code == 0:
+            run.error = None
+            print(f"done:  {run.name}", flush=True)
+            return
+        last_words = " ".join(log.read_text().split("\n")[-3:]).strip()[-300:]
+        run.error = f"not finished: {last_words}" if stopping.is_set() else f"exit code {code}: {last_words}"
+        print(f"ended: {run.name}: {run.error}", flush=True)
+
+
+def published(env_id):
+    """{column: score} of the game, as far as there are any."""
+    key = gym.spec(env_id).kwargs["game"]
+    scores = {}
+    for column, (name, source) in PUBLISHED.items():
+        with open(UTILS / "published" / name, newline="") as file:
+            rows = {re.sub(r"[^a-z]+", "_", row["game"].lower()): row[source] for row in csv.DictReader(file)}
+        if rows.get(key):
+            scores[column] = float(rows[key])
+    return scores
+
+
+def measure(run, budget, window):
+    """Score at `budget` steps and steps/s up to there, or None if the run has not come so far."""
+    steps, scores = plot.read_run(run.folder, "charts/episodic_return", "steps", 1)
+    hours, _ = plot.read_run(run.folder, "charts/episodic_return", "hours", 1)
+    inside = (steps > budget - window) & (steps < 1.01 * budget)  # A3C ends some steps later
+    if steps[-1] < 0.98 * budget or not inside.any():
+        return None
+    return float(scores[inside].mean()), float(steps[inside][-1] / hours[inside][-1] / 3600)
+
+
+def report(runs, budget, window):
+    """The table of one budget as rows of a CSV, one per game and setting."""
+    groups, rows = {}, []
+    for run in runs:
+        if result := measure(run, budget, window):
+            groups.setdefault((run.args.env_id, run.args.exp_name), []).append(result)
+    for (env_id, name), results in sorted(groups.items()):
+        scores, speeds = zip(*results)
+        row = {"game": env_id, "run": name, "steps": budget, "seeds": len(scores), "score": np.mean(scores)}
+        row["standard error"] = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+        row["human-normalised %"] = human_normalised(env_id, row["score"])
+        rows.append(row | {"steps/s": np.mean(speeds)} | published(env_id))
+    return rows
+
+
+def write(rows, out):
+    columns = [
+        c for c in ("game", "run", "steps", "seeds", "score", "standard error", "human-normalised %", "steps/s", *PUBLISHED)
+    ]
+    columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
+    digits = {"steps": 0, "seeds": 0, "human-normalised %": 0, "steps/s": 0}
+
+    def show(row, column):
+        value = row.get(column)
+        return "" if value is None else value if isinstance(value, str) else f"{value:,.{digits.get(column, 1)}f}"
+
+    lines = [" | ".join(columns), "|".join("--:" if c not in ("game", "run") else ":--" for c in columns)]
+    lines += [" | ".join(show(row, c) for c in columns) for row in rows]
+    table = "".join(f"| {line} |\n" for line in lines)
+    print(f"\n{table}")
+    Path(f"{out}.md").write_text(table)
+    with open(f"{out}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(args):
+    runs = plan(args)
+    Path(args.out).mkdir(exist_ok=True)
+    stopping, processes = threading.Event(), []
+
+    def stop(signum, _):
+        stopping.set()
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+    with ThreadPoolExecutor(args.parallel) as pool:
+        list(pool.map(lambda run: train(run, args, stopping, processes), runs))
+    budgets = args.budgets or sorted({run.args.total_timesteps for run in runs})
+    with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
+    if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
+        write(rows, args.out)
+    if with_scores:
+        plot.main(plot.Args([str(run.folder) for run in with_scores], out=f"{args.out}.png", csv=f"{args.out}_curves.csv"))
+    failed = [run for run in runs if run.error]
+    for run in failed:
+        print(f"{run.name}: {run.error}", file=sys.stderr)
+    sys.exit(f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them" if failed else 0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(UTILS.parent))
+    main(tyro.cli(Args))
