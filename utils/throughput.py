@@ -187,6 +187,8 @@ def train_speed(args, script, num_envs, network):
         while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
             time.sleep(0.1)
         time.sleep(args.train_seconds)
+        while Path(folder, "log").read_text().count("\nstep ") < 6 and process.poll() is None:  # slow ones get longer
+            time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         process.wait()
         (run_dir,) = Path(folder).glob("runs/*")
