@@ -5,10 +5,12 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import small
+from conftest import SCRIPTS, small
 from games import Scripted, scripted_steps
 
 import paac_atari
+
+TORCH = [script for script in SCRIPTS if script != "paac_atari_jax"]
 
 # One game over five steps: rewards, what ends where, what follows the last step, and the returns worked out by hand (gamma 0.5).
 NOTHING, TERMINATED, TRUNCATED = 0, 1, 2
@@ -122,6 +124,7 @@ def test_network(arch, sizes):
         torch.testing.assert_close(alone[0], logits[game], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("script", TORCH, indirect=True)
 @pytest.mark.parametrize("arch", ["nips", "nature"])
 def test_network_init_by_default(script, arch):
     """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the squared gain. Of all scripts."""
@@ -134,6 +137,7 @@ def test_network_init_by_default(script, arch):
             assert not layer.bias.any()
 
 
+@pytest.mark.parametrize("script", TORCH, indirect=True)
 def test_network_init_of_the_paper(script):
     torch.manual_seed(0)
     for layer in script.Agent(6, "nips", init="uniform").modules():

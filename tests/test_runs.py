@@ -305,6 +305,8 @@ def test_stuck_worker_is_replaced(start, tmp_path, moment):
     os.kill(victim, signal.SIGSTOP)
     r.wait_for_output("did not answer in time")
     assert re.search(rf"(worker 0 \(games 0 to 1, |actor-learner [01] \()pid {victim}\) did not", r.log.read_text())
+    points = r.log.read_text().count(" steps/s")
+    wait_for(lambda: r.log.read_text().count(" steps/s") > points)  # training goes on
     os.kill(r.pid, signal.SIGINT)
     assert r.wait() == 128 + signal.SIGINT
     assert load(only_run(tmp_path))["global_step"] > 0
@@ -379,6 +381,7 @@ def test_nothing_survives_a_killed_learner(start):
 # -------------------------------------------------------------------------------------------------- learning, and being copied
 
 
+@pytest.mark.parametrize("script", SYNCHRONOUS, indirect=True)
 def test_learns_a_small_image_game(script, tmp_path):
     """Catch at 84 x 84 on two workers: random play scores -0.8, the optimum is 1, with 2 % random actions about 0.97."""
     greedy = ["--exploration-steps", 20_000, "--final-epsilons", 0.02, "--target-interval", 1000]
