@@ -121,7 +121,7 @@ def test_killed_rank_restarts_the_job_from_the_checkpoint(start, tmp_path):
     wait_for(lambda: "step 400 of" in log.read_text())
     victim = ranks(process)[0]
     os.kill(victim, signal.SIGKILL)
-    assert process.wait(120) == 0, log.read_text()
+    assert process.wait(300) == 0, log.read_text()  # torchrun may give the other rank half a minute
     (run_dir,) = tmp_path.glob("runs/*")
     assert load(run_dir)["global_step"] == 3000
     steps = [step for step, _ in scalars(run_dir)["charts/learning_rate"]]
