@@ -379,7 +379,11 @@ def train(args, env_class=AtariEnv):
         fail("start it with torchrun, for example: torchrun --standalone --nproc-per-node 2 paac_atari_multigpu.py")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # torchrun's store outlives a restart: without a prefix of its own, a new rank might read the address of a dead one
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
     rank_args = replace(args, num_envs=args.num_envs // WORLD_SIZE)  # this rank's games
     first_game = RANK * rank_args.num_envs
     envs = make_envs(rank_args, env_class, first_game)

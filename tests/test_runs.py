@@ -106,6 +106,11 @@ def reached(script, total_timesteps):
     return (total_timesteps, total_timesteps + 5) if script.__name__ == "a3c_atari" else (total_timesteps,)
 
 
+def warnings(script):
+    """How many a run may print that comes to two points where it writes: A3C looks every 0.1 s and may pass both at once."""
+    return (1, 2) if script.__name__ == "a3c_atari" else (2,)
+
+
 def assert_same(one, two, path=""):
     """Equal to the last bit, through dicts and lists."""
     if isinstance(one, dict):
@@ -352,7 +357,11 @@ def test_full_disk_is_a_warning(script, tmp_path):
     args = ["--resume", run_dir, "--total-timesteps", 300, "--checkpoint-interval", 100]
     result = run(command(script, *args), tmp_path, preexec_fn=limit)
     assert result.returncode == 0, result.stderr
-    assert 1 <= result.stderr.count("warning: ") <= 2 and "File too large" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.stderr.count("warning: ") in warnings(script)
+        and "File too large" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert any(f"step {step} of" in result.stdout for step in reached(script, 300))
     assert checkpoint_file(run_dir).read_bytes() == before
 
@@ -361,7 +370,7 @@ def test_unwritable_folder_is_a_warning(script, tmp_path):
     (tmp_path / "runs").write_text("not a folder")
     result = run(command(script, *small(script), "--total-timesteps", 80), tmp_path)
     assert result.returncode == 0, result.stderr
-    assert 1 <= result.stderr.count("warning: ") <= 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("warning: ") in warnings(script) and "Traceback" not in result.stderr, result.stderr
     assert any(f"step {step} of" in result.stdout for step in reached(script, 80))
 
 
