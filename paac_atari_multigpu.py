@@ -343,8 +343,8 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
         runs = sorted(Path("runs").glob(f"*__{args.exp_name}__{args.seed}__*/checkpoint.pt"), key=os.path.getmtime)
-        saved = {str(run.parent): replace(load_checkpoint(run.parent)["args"], num_workers=args.num_workers) for run in runs}
-        args.resume = next((run for run in reversed(saved) if saved[run] == replace(args, resume=None)), None)
+        known = {str(run.parent): replace(load_checkpoint(run.parent)["args"], num_workers=args.num_workers) for run in runs}
+        args.resume = next((run for run in reversed(known) if known[run] == replace(args, resume=None)), None)
     if args.resume:
         saved = load_checkpoint(args.resume)["args"]
         args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)

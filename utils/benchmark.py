@@ -137,8 +137,8 @@ def published(env_id):
 
 def measure(run, budget, window):
     """Score at `budget` steps and steps/s up to there, or None if the run has not come so far."""
-    steps, scores = plot.read_run(run.folder, "charts/episodic_return", "steps", 1)
-    hours, _ = plot.read_run(run.folder, "charts/episodic_return", "hours", 1)
+    xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
+    steps, hours = xs["steps"], xs["hours"]
     inside = (steps > budget - window) & (steps < 1.01 * budget)  # A3C ends some steps later
     if steps[-1] < 0.98 * budget or not inside.any():
         return None
@@ -161,9 +161,7 @@ def report(runs, budget, window):
 
 
 def write(rows, out):
-    columns = [
-        c for c in ("game", "run", "steps", "seeds", "score", "standard error", "human-normalised %", "steps/s", *PUBLISHED)
-    ]
+    columns = ["game", "run", "steps", "seeds", "score", "standard error", "human-normalised %", "steps/s", *PUBLISHED]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     digits = {"steps": 0, "seeds": 0, "human-normalised %": 0, "steps/s": 0}
 

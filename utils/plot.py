@@ -44,8 +44,8 @@ def read_tags(run_dir):
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
-def read_run(run_dir, tag, x, smooth):
-    """x and smoothed values of a run."""
+def read_run(run_dir, tag, smooth):
+    """{"steps", "frames", "hours": x} and smoothed values of a run."""
     tags = read_tags(run_dir)
     if tag not in tags:
         sys.exit(f"{run_dir} has no {tag}: has a game ended yet?")
@@ -58,7 +58,7 @@ def read_run(run_dir, tag, x, smooth):
     window = np.minimum(np.arange(1, len(values) + 1), smooth)
     ends = np.arange(1, len(values) + 1)
     values = (sums[ends] - sums[ends - window]) / window
-    return {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}[x], values
+    return {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}, values
 
 
 def read_csv(path, tag, x):
@@ -85,8 +85,9 @@ def main(args):
             curves = read_csv(run, args.tag, args.x)
         else:
             env_id, exp_name, seed, _ = Path(run).name.rsplit("__", 3)
-            curves = {(env_id, exp_name, seed): read_run(run, args.tag, args.x, args.smooth)}
-            ends[env_id] = max(ends.get(env_id, 0), curves[env_id, exp_name, seed][0][-1])
+            xs, values = read_run(run, args.tag, args.smooth)
+            curves = {(env_id, exp_name, seed): (xs[args.x], values)}
+            ends[env_id] = max(ends.get(env_id, 0), xs[args.x][-1])
         for (env_id, label, seed), (x, values) in curves.items():
             inside = x <= ends.get(env_id, 0 if ends else np.inf)
             if inside.any():

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from plot import read_tags
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -192,14 +192,13 @@ def train_speed(args, script, num_envs, network):
         process.send_signal(signal.SIGINT)
         process.wait()
         (run_dir,) = Path(folder).glob("runs/*")
-        events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-        events.Reload()
-        points = events.Scalars("charts/SPS")[2:-1]  # without the warm-up and the final checkpoint
-        steps = np.diff([p.step for p in events.Scalars("charts/SPS")[1:-1]])
+        tags = read_tags(run_dir)
+        points = tags["charts/SPS"][2:-1]  # without the warm-up and the final checkpoint
+        steps = np.diff([p.step for p in tags["charts/SPS"][1:-1]])
         seconds = steps / [p.value for p in points]
         split = {}
-        for tag in sorted(tag for tag in events.Tags()["scalars"] if tag.startswith("time/")):  # A3C has none
-            values = [p.value for p in events.Scalars(tag)[2:-1]]
+        for tag in sorted(tag for tag in tags if tag.startswith("time/")):  # A3C has none
+            values = [p.value for p in tags[tag][2:-1]]
             split[tag.removeprefix("time/")] = float(np.average(values, weights=seconds))
         return float(steps.sum() / seconds.sum()), split
 
