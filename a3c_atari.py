@@ -279,28 +279,32 @@ def actor_learner(i, start, args, env_class, agent, optimizer, first_step, steps
         # SCHEDULE
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
-        # ROLLOUT with the shared parameters as they are now. The update goes back through the activations of its forward passes.
+        # ROLLOUT with the shared parameters as they are now
         local.load_state_dict(agent.state_dict())
-        choices, outcomes, final_values = [], [], torch.zeros(args.num_steps, 1)
-        for step in range(args.num_steps):
-            logits, values = local(torch.as_tensor(obs)[None])
-            actions = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # ~ softmax(logits)
-            choices.append((logits, values, actions))
-            obs, *outcome, _ = env.step(actions.item())
-            outcomes.append(outcome)
-            if outcome[2]:  # a time limit
-                final_values[step] = local(torch.as_tensor(obs)[None])[1].detach()
-            if env.game_over:
-                connection.send((env.episode_return, env.episode_length))
-                obs, _ = env.reset()
+        observations, actions, outcomes, final_values = [], [], [], torch.zeros(args.num_steps)
+        with torch.no_grad():
+            for step in range(args.num_steps):
+                logits, _ = local(torch.as_tensor(obs)[None])
+                action = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # ~ softmax(logits)
+                observations.append(obs)
+                actions.append(action)
+                obs, *outcome, _ = env.step(action.item())
+                outcomes.append(outcome)
+                if outcome[2]:  # a time limit
+                    final_values[step] = local(torch.as_tensor(obs)[None])[1]
+                if env.game_over:
+                    connection.send((env.episode_return, env.episode_length))
+                    obs, _ = env.reset()
+            next_value = local(torch.as_tensor(obs)[None])[1][0]
 
-        # TARGETS. Everything is (num_steps, 1), logits have the actions as third dimension
-        logits, values, actions = (torch.stack(x) for x in zip(*choices))
-        rewards, terminations, truncations = (torch.tensor(x).unsqueeze(1) for x in zip(*outcomes))
-        next_value = local(torch.as_tensor(obs)[None])[1].detach()
+        # TARGETS. Everything is (num_steps,), logits have the actions as second dimension
+        rewards, terminations, truncations = (torch.tensor(x) for x in zip(*outcomes))
         returns = compute_returns(rewards.float().clamp(-1, 1), terminations, truncations, final_values, next_value, args.gamma)
 
-        # LOSS AND STEP: gradients of the copy, at the parameters of the rollout, change the shared ones
+        # LOSS AND STEP: gradients of the copy, at the parameters of the rollout, change the shared ones. For one game a second
+        # pass pays: forward and backward in a batch of 5 take a third of the time of going back through 5 single ones.
+        logits, values = local(torch.as_tensor(np.stack(observations)))
+        actions = torch.cat(actions)
         loss, policy_loss, value_loss, entropy = compute_loss(logits, values, actions, returns, args.ent_coef, args.vf_coef)
         local.zero_grad()
         loss.backward()

@@ -32,7 +32,7 @@ def test_failures_are_reported_and_results_kept(tmp_path):
     assert float(row["score"]) == pytest.approx(np.mean(curve), rel=1e-6) and row["seeds"] == "1"
     assert (row["random"], row["human"], row["A2C, 10M"], row["PAAC nips, 115M"]) == ("1.7", "30.5", "303.0", "470.1")
     assert "| BreakoutNoFrameskip-v4 | paac_atari | 4,000 | 1 |" in (tmp_path / "benchmark.md").read_text()
-    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+    assert all((tmp_path / f"benchmark_{x}.png").stat().st_size > 10_000 for x in ("steps", "hours"))
     checkpoint = (run_dir / "checkpoint.pt").read_bytes()
     assert run([*command[:-4], "--retries", "0"], tmp_path).returncode == 1  # again: nothing is trained twice
     assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
@@ -49,6 +49,18 @@ def test_a_signal_stops_all_runs_with_checkpoints(tmp_path):
     assert process.returncode == 1 and not family & parents().keys()
     run_dirs = list(tmp_path.glob("runs/*"))
     assert len(run_dirs) == 2 and all(load(run_dir)["global_step"] > 0 for run_dir in run_dirs)
+
+
+def test_hours_end_a_run_and_cores_are_shared_out(tmp_path):
+    command = [*BENCHMARK, "--games", "Breakout", "--hours", "0.007", "--parallel", len(os.sched_getaffinity(0))]
+    result = run([*command, "--flags=--num-envs 4 --log-interval 100"], tmp_path)
+    assert result.returncode == 0 and "done: " in result.stdout, result.stderr
+    (log,) = tmp_path.glob("benchmark/*.log")
+    assert " 4 games on 1 workers" in log.read_text() and "SIGINT: stopped" in log.read_text()
+    with open(tmp_path / "benchmark.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    steps, hours, speed = (float(row[column]) for column in ("steps", "hours", "steps/s"))
+    assert 0 < hours < 0.007 and steps / hours / 3600 == pytest.approx(speed)
 
 
 def test_plan_names_its_mistakes(tmp_path):

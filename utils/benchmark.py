@@ -2,12 +2,13 @@
 
     python utils/benchmark.py --games Pong Breakout --seeds 1 2 3        # paac_atari.py with its default setting
     python utils/benchmark.py --scripts paac_atari nstep_q_atari --games Breakout --flags="--total-timesteps 2000000"
+    python utils/benchmark.py --scripts paac_atari a3c_atari --hours 1   # the same cores for the same time each
     python utils/benchmark.py --runs runs.txt                            # any command lines, one per line
 
 The same command again goes on with whatever is unfinished; Ctrl-C stops all runs with a checkpoint each. A run that fails is
 resumed --retries times and, if that does not help, reported: the table is still made, and the exit code is 1. Runs go to runs/,
-what they print to NAME/*.log, the results to NAME.md, NAME.csv and NAME.png (NAME: --out); sources of the published numbers:
-published/README.md.
+what they print to NAME/*.log, the results to NAME.md, NAME.csv, and as curves to NAME_steps.png and .csv, NAME_hours.png and .csv
+(NAME: --out); sources of the published numbers: published/README.md.
 """
 
 import csv
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +33,7 @@ import tyro
 from evaluate import human_normalised
 
 UTILS = Path(__file__).resolve().parent
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]  # macOS cannot give out its cores
 PUBLISHED = {  # column: (file, column of the file)
     "random": ("human_random.csv", "random"),
     "human": ("human_random.csv", "human"),
@@ -52,7 +54,8 @@ class Args:
     num_envs: list[int] = field(default_factory=list)  # numbers of games in parallel; none: the script's own
     flags: str = ""  # more flags for all runs: --flags="--arch nature --num-steps 10"
     runs: str | None = None  # instead: a file of command lines like "paac_atari.py --env-id ALE/Pong-v5 --seed 2"
-    parallel: int = CORES  # runs side by side, each with its share of the cores
+    parallel: int = len(CORES)  # runs side by side, each with its share of the cores
+    hours: float | None = None  # stop each run after this time; the same command again goes on for as long
     retries: int = 2  # how often a failed run is resumed
     budgets: list[int] = field(default_factory=list)  # a table after so many steps each; none: at the end of the runs
     window: int = 200_000  # a score is the mean of the points of the curve in the last so many steps
@@ -98,22 +101,22 @@ def plan(args):
 
 def train(run, args, stopping, processes):
     """Start or resume one run until it is through; what is wrong with it is left in run.error."""
-    cores = max(1, CORES // args.parallel)
     cmd = [sys.executable, UTILS.parent / f"{run.script}.py", *run.flags, "--resume", "auto"]
-    if hasattr(run.args, "num_workers") and "--num-workers" not in run.flags:
-        cmd += ["--num-workers", max(n for n in range(1, cores + 1) if run.args.num_envs % n == 0)]
     log = Path(args.out, f"{run.name}.log")
+    deadline = args.hours and time.monotonic() + 3600 * args.hours
     for attempt in range(1 + args.retries):
         if stopping.is_set():
             run.error = "not finished"
             return
         print(f"{'start' if attempt == 0 else 'again'}: {run.name}", flush=True)
         with open(log, "a") as file:
-            env = os.environ | {"OMP_NUM_THREADS": str(cores)}
-            options = {"stdout": file, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
-            process = subprocess.Popen(list(map(str, cmd)), **options)
+            process = subprocess.Popen(list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
             processes.append(process)
-            code = process.wait()
+            try:
+                code = process.wait(deadline and deadline - time.monotonic())
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                code = 0 if process.wait() == 128 + signal.SIGINT else process.returncode
         if code == 0:
             run.error = None
             print(f"done:  {run.name}", flush=True)
@@ -136,13 +139,14 @@ def published(env_id):
 
 
 def measure(run, budget, window):
-    """Score at `budget` steps and steps/s up to there, or None if the run has not come so far."""
+    """Steps, hours and score at `budget` steps (None: at the run's end), or None if the run has not come so far."""
     xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
     steps, hours = xs["steps"], xs["hours"]
+    budget = budget or steps[-1]
     inside = (steps > budget - window) & (steps < 1.01 * budget)  # A3C ends some steps later
     if steps[-1] < 0.98 * budget or not inside.any():
         return None
-    return float(scores[inside].mean()), float(steps[inside][-1] / hours[inside][-1] / 3600)
+    return budget, hours[inside][-1], scores[inside].mean()
 
 
 def report(runs, budget, window):
@@ -152,18 +156,19 @@ def report(runs, budget, window):
         if result := measure(run, budget, window):
             groups.setdefault((run.args.env_id, run.args.exp_name), []).append(result)
     for (env_id, name), results in sorted(groups.items()):
-        scores, speeds = zip(*results)
-        row = {"game": env_id, "run": name, "steps": budget, "seeds": len(scores), "score": np.mean(scores)}
+        steps, hours, scores = np.array(results).T
+        row = {"game": env_id, "run": name, "steps": steps.mean(), "seeds": len(scores), "score": scores.mean()}
         row["standard error"] = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
         row["human-normalised %"] = human_normalised(env_id, row["score"])
-        rows.append(row | {"steps/s": np.mean(speeds)} | published(env_id))
+        row |= {"hours": hours.mean(), "steps/s": steps.sum() / hours.sum() / 3600}
+        rows.append(row | published(env_id))
     return rows
 
 
 def write(rows, out):
-    columns = ["game", "run", "steps", "seeds", "score", "standard error", "human-normalised %", "steps/s", *PUBLISHED]
+    columns = ["game", "run", "steps", "seeds", "score", "standard error", "human-normalised %", "hours", "steps/s", *PUBLISHED]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
-    digits = {"steps": 0, "seeds": 0, "human-normalised %": 0, "steps/s": 0}
+    digits = {"steps": 0, "seeds": 0, "human-normalised %": 0, "hours": 2, "steps/s": 0}
 
     def show(row, column):
         value = row.get(column)
@@ -183,7 +188,7 @@ def write(rows, out):
 def main(args):
     runs = plan(args)
     Path(args.out).mkdir(exist_ok=True)
-    stopping, processes = threading.Event(), []
+    stopping, processes, slots = threading.Event(), [], itertools.count()
 
     def stop(signum, _):
         stopping.set()
@@ -193,14 +198,22 @@ def main(args):
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)
-    with ThreadPoolExecutor(args.parallel) as pool:
+
+    def own_cores():
+        """What a thread starts sees that thread's cores alone, and sizes itself to them."""
+        if hasattr(os, "sched_setaffinity"):
+            share, slot = max(1, len(CORES) // args.parallel), next(slots)
+            os.sched_setaffinity(0, {CORES[(slot * share + i) % len(CORES)] for i in range(share)})
+
+    with ThreadPoolExecutor(args.parallel, initializer=own_cores) as pool:
         list(pool.map(lambda run: train(run, args, stopping, processes), runs))
-    budgets = args.budgets or sorted({run.args.total_timesteps for run in runs})
+    budgets = args.budgets or ([None] if args.hours else sorted({run.args.total_timesteps for run in runs}))
     with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
-    if with_scores:
-        plot.main(plot.Args([str(run.folder) for run in with_scores], out=f"{args.out}.png", csv=f"{args.out}_curves.csv"))
+    for x in ("steps", "hours") if with_scores else ():
+        folders, name = [str(run.folder) for run in with_scores], f"{args.out}_{x}"
+        plot.main(plot.Args(folders, x=x, out=f"{name}.png", csv=f"{name}.csv"))
     failed = [run for run in runs if run.error]
     for run in failed:
         print(f"{run.name}: {run.error}", file=sys.stderr)
