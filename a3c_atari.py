@@ -63,7 +63,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an update after which an actor-learner counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float = 3e-4  # at the start
+    learning_rate: float = 7e-4  # at the start
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per update of an actor-learner, t_max
     gamma: float = 0.99  # discount per agent step
@@ -365,11 +365,11 @@ def train(args, env_class=AtariEnv):
     logged_time, episodes, writer = time.perf_counter(), [], None
     is_last = global_step >= args.total_timesteps
     if not is_last:
-        # The fork server and, from it, the actor-learners ignore the signals that terminals and SLURM send to all processes
-        handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
-        multiprocessing.forkserver.ensure_running()
-        for signum, handler in zip(STOP_SIGNALS, handlers):
-            signal.signal(signum, handler)
+        # The fork server and, from it, the actor-learners block the signals that terminals and SLURM send to all processes
+        for start_server in (multiprocessing.resource_tracker.ensure_running, multiprocessing.forkserver.ensure_running):
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again: the resource tracker's start unblocks them
+            start_server()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         for i in range(args.num_envs):
             start(i)
     while not is_last:

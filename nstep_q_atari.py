@@ -216,11 +216,11 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
     k = args.num_envs // args.num_workers
     workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
     # Not fork: when workers are replaced, the learner has threads and a GPU, and a forked child may hang. The fork server and,
-    # from it, the workers ignore the signals that terminals and SLURM send to all processes: the learner decides.
-    handlers = [signal.signal(signum, signal.SIG_IGN) for signum in STOP_SIGNALS]
-    multiprocessing.forkserver.ensure_running()
-    for signum, handler in zip(STOP_SIGNALS, handlers):
-        signal.signal(signum, handler)
+    # from it, the workers block the signals that terminals and SLURM send to all processes: the learner decides.
+    for start_server in (multiprocessing.resource_tracker.ensure_running, multiprocessing.forkserver.ensure_running):
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again: the resource tracker's start unblocks them
+        start_server()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     envs = gym.vector.AsyncVectorEnv(workers, copy=False, context="forkserver", autoreset_mode="Disabled")
     atexit.register(close_envs, envs)
     return envs

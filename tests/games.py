@@ -1,4 +1,12 @@
-"""Small games with AtariEnv's interface, for tests that need to know all about the game."""
+"""Small games with AtariEnv's interface, for tests that need to know all about the game. Any script can be trained on Catch:
+
+python tests/games.py a3c_atari --num-envs 4 --total-timesteps 80000
+"""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -88,3 +96,9 @@ def scripted_steps(num_envs):
         next_shown = shown + 1 + over  # after the end, the new game's first observation
         yield shown, shown + 1, over & (game % 2 == 0), over & (game % 2 == 1), next_shown
         shown, played = next_shown, np.where(over, 0, played)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    script = importlib.import_module(sys.argv[1])
+    script.train(replace(script.parse_args(sys.argv[2:]), env_id="Catch"), Catch)

@@ -131,6 +131,7 @@ def test_concurrent_updates_stay_finite(tmp_path, monkeypatch):
 
 
 def test_learning_rate_falls_with_the_steps_of_all(tmp_path, monkeypatch):
-    run_dir, _ = trained(tmp_path, monkeypatch, Catch, "--total-timesteps", "2000", "--log-interval", "100")
+    flags = ["--total-timesteps", "2000", "--log-interval", "100", "--learning-rate", "3e-4"]
+    run_dir, _ = trained(tmp_path, monkeypatch, Catch, *flags)
     for step, lr in scalars(run_dir)["charts/learning_rate"]:
         assert lr == pytest.approx(3e-4 * (1 - step / 2000), abs=3e-4 * 60 / 2000)  # a few updates go on while it is logged
