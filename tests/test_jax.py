@@ -1,5 +1,7 @@
 """The JAX script computes what the torch script computes, compiles once, and keeps what it has seen."""
 
+import re
+import sys
 from itertools import islice
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import small
+from conftest import ROOT, run, small
 from games import Scripted, scripted_steps
 
 import paac_atari
@@ -181,3 +183,11 @@ def test_rmsprop_is_the_papers():
     optimizer = paac_atari_jax.make_optimizer(paac_atari_jax.Args(optimizer="rmsprop", optimizer_epsilon=0.41, max_grad_norm=100))
     updates, _ = optimizer.update(jnp.array([2.0]), optimizer.init(jnp.array([10.0])))
     assert updates[0] == pytest.approx(2 / 1.2, rel=1e-6)
+
+
+def test_profile_names_the_kernels(tmp_path):
+    result = run([sys.executable, ROOT / "utils" / "jax_kernels.py", "--num-envs", "2", "--updates", "2"], tmp_path)
+    assert result.returncode == 0, result.stderr
+    shares = {kind: float(ms) for ms, kind in re.findall(r"^\| ([\d.]+) \| \d+ % \| (.*) \|$", result.stdout, re.M)}
+    assert {"Conv_0 forward", "Conv_0 weight gradient", "Conv_1 input gradient", "copies into another layout"} <= shares.keys()
+    assert shares.pop("all else") < sum(shares.values())

@@ -1,11 +1,11 @@
-"""Where does XLA spend the time of a PAAC update? Five acting passes, the next values and the update of paac_atari_jax.py, without
-games, kernel by kernel beside the same work in torch.
+"""Where does XLA spend the time of a PAAC update? Five acting passes, the next values and the update of paac_atari_jax.py,
+without games, kernel by kernel, and the same work in torch.
 
     python utils/jax_kernels.py                      # nips
     python utils/jax_kernels.py --arch nature --num-envs 64
 
-Milliseconds per update, summed over threads. Kernels are named by layer and direction from the compiled program's metadata. Run it
-on an otherwise idle machine.
+Kernels are named by layer and direction, from the metadata of the compiled programs; their milliseconds per update are summed
+over threads. Run it on an otherwise idle machine.
 """
 
 import collections
@@ -121,15 +121,16 @@ def main(args):
             function()
             if i >= 5:
                 seconds[name].append(time.perf_counter() - start)
+    print(f"{args.arch}, {args.num_envs} games, 5 steps per update")
     for name in updates:
-        print(f"{name}: {1000 * statistics.median(seconds[name]):.1f} ms per update ({args.arch}, {args.num_envs} games, 5 steps)")
+        print(f"{name}: {1000 * statistics.median(seconds[name]):.1f} ms per update")
 
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, create_perfetto_trace=True):
             for _ in range(args.updates):
                 update()
         (path,) = Path(folder).rglob("perfetto_trace.json.gz")
-        trace = json.loads(gzip.open(path).read())
+        trace = json.loads(gzip.decompress(path.read_bytes()))
     spent = collections.Counter()
     for event in trace["traceEvents"]:
         kernel = event.get("args", {}).get("hlo_module"), event.get("name")
