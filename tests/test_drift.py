@@ -25,6 +25,7 @@ BUDGETS = {
     ("one_step_q_atari", "one_step_sarsa_atari"): 45,
     (PAAC, JAX): 250,
     (PAAC, MULTIGPU): 110,
+    (PAAC, A3C): 370,
 }
 
 

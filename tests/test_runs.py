@@ -405,7 +405,7 @@ def test_nothing_survives_a_killed_learner(start):
 def test_learns_a_small_image_game(script, tmp_path):
     """Catch at 84 x 84: random play scores -0.8, the optimum is 1, with 2 % random actions about 0.97."""
     greedy = ["--exploration-steps", 20_000, "--final-epsilons", 0.02, "--target-interval", 1000]
-    flags = ["--num-envs", 4] if script.__name__ == "a3c_atari" else ["--no-anneal-lr"]
+    flags = ["--num-envs", 4, "--ent-coef", 0.001] if script.__name__ == "a3c_atari" else ["--no-anneal-lr"]
     flags += ["--total-timesteps", 80_000, *(greedy if script.__name__ in Q_SCRIPTS else [])]
     result = run([sys.executable, ROOT / "tests" / "games.py", script.__name__, *flags], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
