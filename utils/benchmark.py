@@ -172,7 +172,7 @@ def write(rows, out):
 
     def show(row, column):
         value = row.get(column)
-        return "" if value is None else value if isinstance(value, str) else f"{value:,.{digits.get(column, 1)}f}"
+        return "" if value is None else value if isinstance(value, str) else f"{value:z,.{digits.get(column, 1)}f}"
 
     lines = [" | ".join(columns), "|".join("--:" if c not in ("game", "run") else ":--" for c in columns)]
     lines += [" | ".join(show(row, c) for c in columns) for row in rows]
