@@ -160,7 +160,7 @@ def report(runs, budget, window):
         row = {"game": env_id, "run": name, "steps": steps.mean(), "seeds": len(scores), "score": scores.mean()}
         row["standard error"] = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
         row["human-normalised %"] = human_normalised(env_id, row["score"])
-        row |= {"hours": hours.mean(), "steps/s": steps.sum() / hours.sum() / 3600}
+        row["hours"], row["steps/s"] = hours.mean(), steps.sum() / hours.sum() / 3600
         rows.append(row | published(env_id))
     return rows
 
@@ -212,8 +212,7 @@ def main(args):
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
     for x in ("steps", "hours") if with_scores else ():
-        folders, name = [str(run.folder) for run in with_scores], f"{args.out}_{x}"
-        plot.main(plot.Args(folders, x=x, out=f"{name}.png", csv=f"{name}.csv"))
+        plot.main(plot.Args([str(run.folder) for run in with_scores], x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
     failed = [run for run in runs if run.error]
     for run in failed:
         print(f"{run.name}: {run.error}", file=sys.stderr)

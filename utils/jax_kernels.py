@@ -49,24 +49,24 @@ def jax_update(args):
     outcomes = (zeros, zeros.astype(bool), zeros.astype(bool))
     coefficients = (script_args.learning_rate, script_args.gamma, script_args.ent_coef, script_args.vf_coef)
 
-    def act():
-        state["key"], choice = paac_atari_jax.act(agent, state["params"], state["key"], jnp.array(obs))
-        np.asarray(choice[0])
-        return choice
-
     def batch():
-        choices = [act() for _ in range(5)]
-        return choices, outcomes, zeros, paac_atari_jax.compute_values(agent, state["params"], jnp.array(obs))
+        choices = []
+        for _ in range(5):
+            state["key"], choice = paac_atari_jax.act(agent, state["params"], state["key"], jnp.array(obs))
+            np.asarray(choice[0])  # the actions, as the games would get them
+            choices.append(choice)
+        next_value = paac_atari_jax.compute_values(agent, state["params"], jnp.array(obs))
+        return *coefficients, choices, outcomes, zeros, next_value
 
     def update():
-        flags = (*coefficients, *batch())
-        state["params"], state["opt_state"], _ = paac_atari_jax.update(optimizer, state["params"], state["opt_state"], *flags)
+        inputs = batch()
+        state["params"], state["opt_state"], _ = paac_atari_jax.update(optimizer, state["params"], state["opt_state"], *inputs)
         jax.block_until_ready(state["params"])
 
     programs = [
         paac_atari_jax.act.lower(agent, state["params"], state["key"], jnp.array(obs)),
         paac_atari_jax.compute_values.lower(agent, state["params"], jnp.array(obs)),
-        paac_atari_jax.update.lower(optimizer, state["params"], state["opt_state"], *coefficients, *batch()),
+        paac_atari_jax.update.lower(optimizer, state["params"], state["opt_state"], *batch()),
     ]
     return update, [program.compile().as_text() for program in programs]
 
@@ -74,7 +74,7 @@ def jax_update(args):
 def torch_update(args):
     script_args = paac_atari.Args(arch=args.arch)
     agent = paac_atari.Agent(4, args.arch)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=script_args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=script_args.learning_rate, eps=script_args.optimizer_epsilon, fused=True)
     obs = torch.randint(0, 255, (args.num_envs, 4, 84, 84), dtype=torch.uint8)
     returns = torch.zeros(5, args.num_envs)
 
@@ -96,7 +96,7 @@ def torch_update(args):
 
 def describe(line):
     """layer, direction and kind of one instruction of a compiled program"""
-    op_name = (re.search(r'op_name="([^"]*)"', line) or [line, ""])[1]
+    op_name = "".join(re.findall(r'op_name="([^"]*)"', line))
     layer = re.search(r"(Conv_\d|Dense_\d|policy|value)/", op_name)
     if not layer:
         return "copies into another layout" if "transpose" in line.split("=")[0] else "all else"
