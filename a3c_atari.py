@@ -414,9 +414,8 @@ def train(args, env_class=AtariEnv):
         try:
             if log_due:
                 recent_scores.extend(score for score, _ in episodes)
-                score = f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet"
                 speed = (global_step - logged_step) / (time.perf_counter() - logged_time)
-                bar.set_postfix_str(score)
+                bar.set_postfix_str(score := f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet")
                 if bar.disable:
                     print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
                 scalars = {"charts/SPS": speed} | dict(zip(FIGURES, figures.mean(0)))

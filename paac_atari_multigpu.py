@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -180,8 +181,7 @@ class AtariWorker(gym.Env):
         return self.obs
 
     def step(self, actions):
-        rewards = np.zeros(self.num_games)
-        terminations, truncations = np.zeros((2, self.num_games), bool)
+        rewards, (terminations, truncations) = np.zeros(self.num_games), np.zeros((2, self.num_games), bool)
         for i, env in enumerate(self.envs):
             self.obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
         info = {"final_obs": self.obs.copy()} if truncations.any() else {}
@@ -224,6 +224,11 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
         start_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     envs = gym.vector.AsyncVectorEnv(workers, copy=False, context="forkserver", autoreset_mode="Disabled")
+    with suppress(AttributeError, OSError):  # where the system can: one worker per core stays on it, and none that wakes up
+        cores = sorted(os.sched_getaffinity(0))  # interrupts the learner, which has the next one to wake (SCHED_BATCH)
+        for i, process in enumerate(envs.processes):
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+            os.sched_setaffinity(process.pid, {cores[i]} if len(cores) == args.num_workers else cores)
     atexit.register(close_envs, envs)
     return envs
 
@@ -379,6 +384,10 @@ def train(args, env_class=AtariEnv):
         fail("start it with torchrun, for example: torchrun --standalone --nproc-per-node 2 paac_atari_multigpu.py")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if hasattr(os, "sched_setaffinity"):  # this rank's part of the machine's cores, for itself and its workers
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // LOCAL_WORLD_SIZE)
+        os.sched_setaffinity(0, cores[LOCAL_RANK * share % len(cores) :][:share])
     # torchrun's store outlives a restart: without a prefix of its own, a new rank might read the address of a dead one
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -413,9 +422,7 @@ def train(args, env_class=AtariEnv):
 
     def clock(part):  # books the time since the last call under `part`
         nonlocal last_time
-        now = time.perf_counter()
-        spent[part] += now - last_time
-        last_time = now
+        spent[part] += -last_time + (last_time := time.perf_counter())
 
     batch_size, failures, logged_step, obs = args.num_envs * args.num_steps, 0, global_step, None
     is_last, told_to_stop = global_step >= args.total_timesteps, False
@@ -423,8 +430,7 @@ def train(args, env_class=AtariEnv):
         # SCHEDULE
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
 
-        # ROLLOUT. The activations of its forward passes are kept and the update goes back through them: the parameters do not
-        # change in between, so a second pass over the whole batch would only find the same numbers.
+        # ROLLOUT. Its forward passes keep their graph and the update goes back through it: a second pass would find the same
         choices, outcomes, final_values = [], [], torch.zeros(args.num_steps, rank_args.num_envs, device=device)
         try:
             if obs is None:  # at the start, and after a lost worker
@@ -495,16 +501,14 @@ def train(args, env_class=AtariEnv):
         try:
             if log_due and RANK == 0:
                 recent_scores.extend(score for score, _ in episodes)
-                score = f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet"
                 speed = (global_step - logged_step) / spent.total()
-                bar.set_postfix_str(score)
+                bar.set_postfix_str(score := f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet")
                 if bar.disable:
                     print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
-                explained_variance = 1 - (returns - values).var() / returns.var()
                 scalars = {"charts/SPS": speed, "charts/learning_rate": optimizer.param_groups[0]["lr"]}
                 scalars |= {f"time/{part}": seconds / spent.total() for part, seconds in spent.items()}
-                scalars |= {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/entropy": entropy}
-                scalars |= {"losses/grad_norm": grad_norm, "losses/explained_variance": explained_variance}
+                scalars |= {"losses/policy_loss": policy_loss, "losses/value_loss": value_loss, "losses/grad_norm": grad_norm}
+                scalars |= {"losses/entropy": entropy, "losses/explained_variance": 1 - (returns - values).var() / returns.var()}
                 if episodes:
                     scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
                 if not writer:

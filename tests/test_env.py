@@ -1,6 +1,8 @@
 """AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each for itself. PAAC's are
 tested; test_drift.py holds those of the other scripts to the same text."""
 
+import os
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -135,6 +137,29 @@ def test_workers_play_the_same_as_single_games(num_workers):
     paac_atari.close_envs(envs)
     assert len(scores) >= 4
     assert sorted(episodes) == sorted(scores)
+
+
+def refuse(*args):
+    raise PermissionError
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let processes choose their cores")
+@pytest.mark.parametrize("workers_per_core, refused", [(1, False), (2, False), (1, True)])
+def test_one_worker_per_core_stays_on_it(monkeypatch, workers_per_core, refused):
+    """Workers never interrupt the learner when they wake up, and where the system refuses that, they play all the same."""
+    if refused:
+        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    cores, policy = sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0)
+    n = workers_per_core * len(cores)
+    envs = paac_atari.make_envs(paac_atari.Args(num_envs=n, num_workers=n))
+    placed = [(os.sched_getscheduler(process.pid), sorted(os.sched_getaffinity(process.pid))) for process in envs.processes]
+    paac_atari.close_envs(envs)
+    if refused:
+        assert placed == [(policy, cores)] * n
+    elif workers_per_core == 1:
+        assert placed == [(os.SCHED_BATCH, [core]) for core in cores]
+    else:
+        assert placed == [(os.SCHED_BATCH, cores)] * n
 
 
 def test_generators_are_distinct():
