@@ -222,11 +222,11 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
         start_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     envs = gym.vector.AsyncVectorEnv(workers, copy=False, context="forkserver", autoreset_mode="Disabled")
-    with suppress(AttributeError, OSError):  # where the system can: one worker per core stays on it, and none that wakes up
-        cores = sorted(os.sched_getaffinity(0))  # interrupts the learner, which has the next one to wake (SCHED_BATCH)
-        for i, process in enumerate(envs.processes):
-            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+    with suppress(AttributeError, OSError):  # Linux alone has these, and some sandboxes forbid them
+        cores = sorted(os.sched_getaffinity(0))
+        for i, process in enumerate(envs.processes):  # as many workers as cores: each stays on its own
             os.sched_setaffinity(process.pid, {cores[i]} if len(cores) == args.num_workers else cores)
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))  # waking, it does not interrupt the learner
     atexit.register(close_envs, envs)
     return envs
 

@@ -148,7 +148,7 @@ def refuse(*args):
 def test_one_worker_per_core_stays_on_it(monkeypatch, workers_per_core, refused):
     """Workers never interrupt the learner when they wake up, and where the system refuses that, they play all the same."""
     if refused:
-        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
     cores, policy = sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0)
     n = workers_per_core * len(cores)
     envs = paac_atari.make_envs(paac_atari.Args(num_envs=n, num_workers=n))
