@@ -105,6 +105,21 @@ def test_network_init(arch, init):
             assert bias.std() == pytest.approx(bound / 3**0.5, rel=0.5) or len(bias) == 1
 
 
+def test_actions_follow_the_policy():
+    """Their frequencies are softmax(logits); each game and each step draws for itself."""
+    agent, policy = paac_atari_jax.Agent(4), np.array([0.5, 0.3, 0.15, 0.05])
+    obs, key, actions = np.zeros((500, 4, 84, 84), np.uint8), jax.random.key(1), []
+    params = agent.init(key, obs[:1])
+    params["params"]["policy"]["bias"] = jnp.log(policy)  # the logits of a black screen
+    for _ in range(10):
+        key, (action, *_) = paac_atari_jax.act(agent, params, key, obs)
+        actions.append(np.array(action))
+    np.testing.assert_allclose(np.bincount(np.concatenate(actions), minlength=4) / 5000, policy, atol=0.03)  # 4 sigma
+    same_again = (policy**2).sum()
+    assert np.mean(actions[0] == actions[1]) == pytest.approx(same_again, abs=0.09)  # of 500: 4 sigma
+    assert np.mean(actions[0][1:] == actions[0][:-1]) == pytest.approx(same_again, abs=0.09)
+
+
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
     """recorded(*flags, env_class) trains and returns what reached act() and update()."""
