@@ -179,7 +179,8 @@ class AtariWorker(gym.Env):
         return self.obs
 
     def step(self, actions):
-        rewards, (terminations, truncations) = np.zeros(self.num_games), np.zeros((2, self.num_games), bool)
+        rewards = np.zeros(self.num_games)
+        terminations, truncations = np.zeros((2, self.num_games), bool)
         for i, env in enumerate(self.envs):
             self.obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
         info = {"final_obs": self.obs.copy()} if truncations.any() else {}
@@ -399,11 +400,10 @@ def train(args, env_class=AtariEnv):
         wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
     print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on the {device}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-    spent, last_time, writer = Counter(), time.perf_counter(), None
+    spent, logged_time, writer = Counter(), time.perf_counter(), None
 
     def clock(part):  # books the time since the last call under `part`
-        nonlocal last_time
-        spent[part] += -last_time + (last_time := time.perf_counter())
+        spent[part] += time.perf_counter() - logged_time - spent.total()
 
     batch_size, failures, logged_step, obs = args.num_envs * args.num_steps, 0, global_step, None
     is_last = global_step >= args.total_timesteps
@@ -486,7 +486,7 @@ def train(args, env_class=AtariEnv):
                     writer.add_text("flags", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
                 for tag, scalar in scalars.items():
                     writer.add_scalar(tag, scalar, global_step)
-                logged_step, spent = global_step, Counter()
+                logged_step, logged_time, spent = global_step, logged_time + spent.total(), Counter()
             if checkpoint_due:
                 checkpoint = {"args": asdict(args) | {"resume": None}, "global_step": global_step, "games": games}
                 checkpoint |= {"script": SCRIPT, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}

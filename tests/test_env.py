@@ -146,7 +146,7 @@ def refuse(*args):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let processes choose their cores")
 @pytest.mark.parametrize("workers_per_core, refused", [(1, False), (2, False), (1, True)])
 def test_one_worker_per_core_stays_on_it(monkeypatch, workers_per_core, refused):
-    """Workers never interrupt the learner when they wake up, and where the system refuses that, they play all the same."""
+    """Workers never interrupt the learner when they wake up, and where the system refuses that, they start all the same."""
     if refused:
         monkeypatch.setattr(os, "sched_setaffinity", refuse)
     cores, policy = sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0)
