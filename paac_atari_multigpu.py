@@ -385,10 +385,6 @@ def train(args, env_class=AtariEnv):
         fail("start it with torchrun, for example: torchrun --standalone --nproc-per-node 2 paac_atari_multigpu.py")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if hasattr(os, "sched_setaffinity"):  # this rank's part of the machine's cores, for itself and its workers
-        cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // LOCAL_WORLD_SIZE)
-        os.sched_setaffinity(0, cores[LOCAL_RANK * share % len(cores) :][:share])
     # torchrun's store outlives a restart: without a prefix of its own, a new rank might read the address of a dead one
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
