@@ -99,6 +99,10 @@ def plan(args):
     return runs
 
 
+def say(line):
+    print(f"{line}\n", end="", flush=True)  # one piece, or the lines of several threads mix
+
+
 def train(run, args, stopping, processes):
     """Start or resume one run until it is through; what is wrong with it is left in run.error."""
     cmd = [sys.executable, UTILS.parent / f"{run.script}.py", *run.flags, "--resume", "auto"]
@@ -108,7 +112,7 @@ def train(run, args, stopping, processes):
         if stopping.is_set():
             run.error = "not finished"
             return
-        print(f"{'start' if attempt == 0 else 'again'}: {run.name}", flush=True)
+        say(f"{'start' if attempt == 0 else 'again'}: {run.name}")
         with open(log, "a") as file:
             process = subprocess.Popen(list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
             processes.append(process)
@@ -119,11 +123,11 @@ def train(run, args, stopping, processes):
                 code = 0 if process.wait() == 128 + signal.SIGINT else process.returncode
         if code == 0:
             run.error = None
-            print(f"done:  {run.name}", flush=True)
+            say(f"done:  {run.name}")
             return
         last_words = " ".join(log.read_text().split("\n")[-3:]).strip()[-300:]
         run.error = f"not finished: {last_words}" if stopping.is_set() else f"exit code {code}: {last_words}"
-        print(f"ended: {run.name}: {run.error}", flush=True)
+        say(f"ended: {run.name}: {run.error}")
 
 
 def published(env_id):
