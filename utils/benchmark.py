@@ -3,7 +3,7 @@
     python utils/benchmark.py --games Pong Breakout --seeds 1 2 3        # paac_atari.py with its default setting
     python utils/benchmark.py --scripts paac_atari nstep_q_atari --games Breakout --flags="--total-timesteps 2000000"
     python utils/benchmark.py --scripts paac_atari a3c_atari --hours 1   # the same cores for the same time each
-    python utils/benchmark.py --runs runs.txt                            # any command lines, one per line
+    python utils/benchmark.py --runs runs.txt                            # any command lines, one per line; --flags come last
 
 The same command again goes on with whatever is unfinished; Ctrl-C stops all runs with a checkpoint each. A run that fails is
 resumed --retries times and, if that does not help, reported: the table is still made, and the exit code is 1. Runs go to runs/,
@@ -38,6 +38,8 @@ PUBLISHED = {  # column: (file, column of the file)
     "random": ("human_random.csv", "random"),
     "human": ("human_random.csv", "human"),
     "A2C, 10M": ("atari_scores.csv", "a2c_10Msteps_ppo_paper"),
+    "A2C (SB2 zoo), 10M": ("a2c_zoo.csv", "sb2_zoo"),
+    "A2C (SB3 zoo), 10M": ("a2c_zoo.csv", "sb3_zoo"),
     "PAAC nips, 115M": ("paac_table1.csv", "paac_arch_nips"),
     "PAAC nature, 115M": ("paac_table1.csv", "paac_arch_nature"),
     "A3C, 4 days": ("paac_table1.csv", "a3c_ff"),
@@ -88,10 +90,10 @@ def plan(args):
         for script, game, n, seed in itertools.product(args.scripts, args.games, args.num_envs or [None], args.seeds):
             env_id = game if game in gym.registry else f"{game}NoFrameskip-v4"
             size = f"--num-envs {n} --exp-name {script}-{n}" if n else ""
-            lines.append(f"{script}.py --env-id {env_id} --seed {seed} {size} {args.flags}")
+            lines.append(f"{script}.py --env-id {env_id} --seed {seed} {size}")
     runs = []
     for line in lines:
-        script, *flags = shlex.split(line)
+        script, *flags = shlex.split(f"{line} {args.flags}")
         script = script.removesuffix(".py")
         runs.append(Run(script, flags, importlib.import_module(script).parse_args(flags)))
     if len({run.name for run in runs}) < len(runs):
