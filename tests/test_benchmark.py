@@ -13,7 +13,7 @@ from test_runs import descendants, load, parents, wait_for
 
 BENCHMARK = [sys.executable, str(ROOT / "utils" / "benchmark.py")]
 PLAN = """# one that works and one that fails
-paac_atari.py --env-id BreakoutNoFrameskip-v4 --log-interval 500 --total-timesteps 4000
+paac_atari.py --env-id BreakoutNoFrameskip-v4 --log-interval 500 --total-timesteps 10400
 paac_atari.py --env-id BreakoutNoFrameskip-v4 --exp-name broken --learning-rate 1e30
 """
 
@@ -27,14 +27,17 @@ def test_failures_are_reported_and_results_kept(tmp_path):
     assert result.stdout.count("start: ") == 2 and result.stdout.count("again: ") == 1
     (run_dir,) = tmp_path.glob("runs/*__paac_atari__*")
     assert load(run_dir)["args"]["num_envs"] == 4
-    curve = [value for step, value in scalars(run_dir)["charts/episodic_return"] if step > 2000]
+    curve = [value for step, value in scalars(run_dir)["charts/episodic_return"] if step > 8400]
     with open(tmp_path / "benchmark.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["score"]) == pytest.approx(np.mean(curve), rel=1e-6) and row["seeds"] == "1"
     published = ("random", "human", "A2C, 10M", "A2C (SB2 zoo), 10M", "A2C (SB3 zoo), 10M", "PAAC nips, 115M")
     assert [row[column] for column in published] == ["1.7", "30.5", "303.0", "384.9", "279.8", "470.1"]
-    assert "| BreakoutNoFrameskip-v4 | paac_atari | 4,000 | 1 |" in (tmp_path / "benchmark.md").read_text()
+    assert "| BreakoutNoFrameskip-v4 | paac_atari | 10,400 | 1 |" in (tmp_path / "benchmark.md").read_text()
     assert all((tmp_path / f"benchmark_{x}.png").stat().st_size > 10_000 for x in ("steps", "hours"))
+    with open(tmp_path / "benchmark_steps.csv", newline="") as file:
+        env_ids, labels = zip(*((row["env_id"], row["label"]) for row in csv.DictReader(file)))
+    assert {*env_ids} == {"BreakoutNoFrameskip-v4"} and {*labels} >= {"paac_atari", "paper, 32 games"}
     checkpoint = (run_dir / "checkpoint.pt").read_bytes()
     assert run([*command[:-1], "0"], tmp_path).returncode == 1  # again: nothing is trained twice
     assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint

@@ -217,8 +217,9 @@ def main(args):
     with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
-    for x in ("steps", "hours") if with_scores else ():
-        plot.main(plot.Args([str(run.folder) for run in with_scores], x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
+    for x, beside in (("steps", [UTILS / "published" / "paac_curves.csv"]), ("hours", [])) if with_scores else ():
+        curves = [str(path) for path in [run.folder for run in with_scores] + beside]
+        plot.main(plot.Args(curves, x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
     failed = [run for run in runs if run.error]
     for run in failed:
         print(f"{run.name}: {run.error}", file=sys.stderr)

@@ -76,10 +76,9 @@ def read_csv(path, tag, x):
 def main(args):
     if args.labels and len(args.labels) != len(args.runs):
         sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
-    panels, rows, ends = {}, [], {}
-    for i in sorted(
-        range(len(args.runs)), key=lambda i: args.runs[i].endswith(".csv")
-    ):  # what is in files goes as far as the runs
+    panels, rows, ends, styles = {}, [], {}, {}
+    files_last = sorted(range(len(args.runs)), key=lambda i: args.runs[i].endswith(".csv"))  # these go as far as the runs
+    for i in files_last:
         run = args.runs[i]
         if run.endswith(".csv"):
             curves = read_csv(run, args.tag, args.x)
@@ -89,9 +88,10 @@ def main(args):
             curves = {(env_id, exp_name, seed): (xs[args.x], values)}
             ends[env_id] = max(ends.get(env_id, 0), xs[args.x][-1])
         for (env_id, label, seed), (x, values) in curves.items():
-            inside = x <= ends.get(env_id, 0 if ends else np.inf)
+            inside = x <= ends.get(env_id, -1 if ends else np.inf)
             if inside.any():
                 label = args.labels[i] if args.labels else label
+                styles[label] = "-" if seed else "--"  # published curves have no seed
                 panels.setdefault(env_id, {}).setdefault(label, []).append((x[inside], values[inside]))
                 rows += [(env_id, label, seed, f"{a:g}", f"{b:.4g}") for a, b in zip(x[inside], values[inside])]
 
@@ -101,7 +101,7 @@ def main(args):
             grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 500)  # where all seeds have points
             values = np.stack([np.interp(grid, x, y) for x, y in curves])
             seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
-            (line,) = axis.plot(grid, values.mean(0), label=label + seeds)
+            (line,) = axis.plot(grid, values.mean(0), styles[label], label=label + seeds)
             if len(curves) > 1:
                 axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set_title(env_id)
