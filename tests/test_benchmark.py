@@ -68,6 +68,20 @@ def test_hours_end_a_run_and_cores_are_shared_out(tmp_path):
     assert 0 < hours < 0.007 and steps / hours / 3600 == pytest.approx(speed)
 
 
+def test_steps_end_a_run_once(tmp_path):
+    command = [*BENCHMARK, "--games", "Breakout", "--steps", "2000", "--flags=--num-envs 4 --log-interval 100"]
+    for _ in range(2):
+        result = run(command, tmp_path)
+        assert result.returncode == 0, result.stderr
+        (log,) = tmp_path.glob("benchmark/*.log")
+        assert log.read_text().count("SIGINT: stopped") == 1
+        with open(tmp_path / "benchmark.csv", newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert row["steps"] == "2000.0"
+    (run_dir,) = tmp_path.glob("runs/*")
+    assert 2000 <= load(run_dir)["global_step"] < 10_000
+
+
 def test_plan_names_its_mistakes(tmp_path):
     result = run([*BENCHMARK, "--games", "Breakou"], tmp_path)
     assert result.returncode == 2 and "closest: BreakoutNoFrameskip-v4" in result.stderr

@@ -3,6 +3,7 @@
     python utils/benchmark.py --games Pong Breakout --seeds 1 2 3        # paac_atari.py with its default setting
     python utils/benchmark.py --scripts paac_atari nstep_q_atari --games Breakout --flags="--total-timesteps 2000000"
     python utils/benchmark.py --scripts paac_atari a3c_atari --hours 1   # the same cores for the same time each
+    python utils/benchmark.py --games Pong --steps 2e6                   # the first 2M steps of a run of 10M
     python utils/benchmark.py --runs runs.txt                            # any command lines, one per line; --flags come last
 
 The same command again goes on with whatever is unfinished; Ctrl-C stops all runs with a checkpoint each. A run that fails is
@@ -14,6 +15,7 @@ what they print to NAME/*.log, the results to NAME.md, NAME.csv, and as curves t
 import csv
 import importlib
 import itertools
+import math
 import os
 import re
 import shlex
@@ -23,6 +25,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,7 +60,8 @@ class Args:
     flags: str = ""  # more flags for all runs: --flags="--arch nature --num-steps 10"
     runs: str | None = None  # instead: a file of command lines like "paac_atari.py --env-id ALE/Pong-v5 --seed 2"
     parallel: int = len(CORES)  # runs side by side, each with its share of the cores
-    hours: float | None = None  # stop each run after this time; the same command again goes on for as long
+    steps: float = math.inf  # stop each run after so many agent steps, wherever its learning rate is by then
+    hours: float = math.inf  # stop each run after this time; the same command again goes on for as long
     retries: int = 2  # how often a failed run is resumed
     budgets: list[int] = field(default_factory=list)  # a table after so many steps each; none: at the end of the runs
     window: int = 200_000  # a score is the mean of the points of the curve in the last so many steps
@@ -105,12 +109,20 @@ def say(line):
     print(f"{line}\n", end="", flush=True)  # one piece, or the lines of several threads mix
 
 
+def steps_done(log):
+    """The last step that a run has printed."""
+    lines = log.read_text() if log.exists() else ""
+    return int(["0", *re.findall(r"^step ([\d,]+) of", lines, re.MULTILINE)][-1].replace(",", ""))
+
+
 def train(run, args, stopping, processes):
     """Start or resume one run until it is through; what is wrong with it is left in run.error."""
     cmd = [sys.executable, UTILS.parent / f"{run.script}.py", *run.flags, "--resume", "auto"]
     log = Path(args.out, f"{run.name}.log")
-    deadline = args.hours and time.monotonic() + 3600 * args.hours
+    deadline = time.monotonic() + 3600 * args.hours
     for attempt in range(1 + args.retries):
+        if steps_done(log) >= args.steps:
+            return
         if stopping.is_set():
             run.error = "not finished"
             return
@@ -118,12 +130,15 @@ def train(run, args, stopping, processes):
         with open(log, "a") as file:
             process = subprocess.Popen(list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
             processes.append(process)
-            try:
-                code = process.wait(deadline and deadline - time.monotonic())
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGINT)
-                code = 0 if process.wait() == 128 + signal.SIGINT else process.returncode
-        if code == 0:
+            is_over = False
+            while process.returncode is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                if not is_over and (time.monotonic() > deadline or steps_done(log) >= args.steps):
+                    is_over = True
+                    process.send_signal(signal.SIGINT)
+        code = process.returncode
+        if code == 0 or (is_over and code == 128 + signal.SIGINT):
             run.error = None
             say(f"done:  {run.name}")
             return
@@ -213,7 +228,8 @@ def main(args):
 
     with ThreadPoolExecutor(args.parallel, initializer=own_cores) as pool:
         list(pool.map(lambda run: train(run, args, stopping, processes), runs))
-    budgets = args.budgets or ([None] if args.hours else sorted({run.args.total_timesteps for run in runs}))
+    ends = {None if args.hours < math.inf else min(args.steps, run.args.total_timesteps) for run in runs}
+    budgets = args.budgets or sorted(ends)
     with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
