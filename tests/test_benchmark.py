@@ -68,18 +68,18 @@ def test_hours_end_a_run_and_cores_are_shared_out(tmp_path):
     assert 0 < hours < 0.007 and steps / hours / 3600 == pytest.approx(speed)
 
 
-def test_steps_end_a_run_once(tmp_path):
-    command = [*BENCHMARK, "--games", "Breakout", "--steps", "2000", "--flags=--num-envs 4 --log-interval 100"]
-    for _ in range(2):
-        result = run(command, tmp_path)
+def test_steps_end_each_run_once(tmp_path):
+    command, flags = [*BENCHMARK, "--games", "Breakout", "--steps", "2000"], "--flags=--num-envs 4 --log-interval 100"
+    other, tables = f"{flags} --learning-rate 0.001", []
+    for setting, runs in ((flags, 1), (flags, 1), (other, 2), (flags, 2)):  # each is trained once, whatever came between
+        result = run([*command, setting], tmp_path)
         assert result.returncode == 0, result.stderr
+        assert len([*tmp_path.glob("runs/*")]) == runs
         (log,) = tmp_path.glob("benchmark/*.log")
-        assert log.read_text().count("SIGINT: stopped") == 1
-        with open(tmp_path / "benchmark.csv", newline="") as file:
-            (row,) = csv.DictReader(file)
-        assert row["steps"] == "2000.0"
-    (run_dir,) = tmp_path.glob("runs/*")
-    assert 2000 <= load(run_dir)["global_step"] < 10_000
+        assert log.read_text().count("SIGINT: stopped") == runs
+        tables.append((tmp_path / "benchmark.csv").read_text())
+    assert tables[0] == tables[1] == tables[3] != tables[2] and ",2000.0," in tables[0]
+    assert all(2000 <= load(run_dir)["global_step"] < 10_000 for run_dir in tmp_path.glob("runs/*"))
 
 
 def test_plan_names_its_mistakes(tmp_path):

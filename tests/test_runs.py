@@ -445,7 +445,8 @@ def test_evaluate_and_plot(script, tmp_path):
     assert curve.startswith("env_id,label,seed,steps") and curve.count("\n") > 2
     result = run([sys.executable, ROOT / "utils" / "plot.py", "curve.csv", "--csv", "again.csv"], tmp_path)
     assert result.returncode == 0 and (tmp_path / "again.csv").read_text() == curve
-    header, near = curve.split("\n")[0] + "\n", "BreakoutNoFrameskip-v4,paper,,1000,1\n"
-    (tmp_path / "paper.csv").write_text(header + near + near.replace("1000", "10000") + "PongNoFrameskip-v4,paper,,0,1\n")
+    header, paper, end = curve.split("\n")[0] + "\n", "BreakoutNoFrameskip-v4,paper,,", float(curve.split(",")[-2])
+    (tmp_path / "paper.csv").write_text(f"{header}{paper}1000,1\n{paper}10000,2.5\nPongNoFrameskip-v4,paper,,0,1\n")
     result = run([sys.executable, ROOT / "utils" / "plot.py", "paper.csv", run_dir, "--csv", "both.csv"], tmp_path)
-    assert result.returncode == 0 and (tmp_path / "both.csv").read_text() == curve + near  # as far as the run goes
+    both = f"{curve}{paper}1000,1\n{paper}{end:g},{1 + 1.5 * (end - 1000) / 9000:.4g}\n"  # as far as the run goes
+    assert result.returncode == 0 and (tmp_path / "both.csv").read_text() == both

@@ -45,7 +45,7 @@ PUBLISHED = {  # column: (file, column of the file)
     "A2C (SB3 zoo), 10M": ("a2c_zoo.csv", "sb3_zoo"),
     "PAAC nips, 115M": ("paac_table1.csv", "paac_arch_nips"),
     "PAAC nature, 115M": ("paac_table1.csv", "paac_arch_nature"),
-    "A3C, 4 days": ("paac_table1.csv", "a3c_ff"),
+    "A3C, 4 days, human starts": ("paac_table1.csv", "a3c_ff"),
     "GA3C": ("paac_table1.csv", "ga3c"),
     "Gorila": ("paac_table1.csv", "gorila"),
 }
@@ -59,11 +59,11 @@ class Args:
     num_envs: list[int] = field(default_factory=list)  # numbers of games in parallel; none: the script's own
     flags: str = ""  # more flags for all runs: --flags="--arch nature --num-steps 10"
     runs: str | None = None  # instead: a file of command lines like "paac_atari.py --env-id ALE/Pong-v5 --seed 2"
-    parallel: int = len(CORES)  # runs side by side, each with its share of the cores
+    parallel: int | None = None  # runs side by side, each with its share of the cores; none: as many as fit
     steps: float = math.inf  # stop each run after so many agent steps, wherever its learning rate is by then
     hours: float = math.inf  # stop each run after this time; the same command again goes on for as long
     retries: int = 2  # how often a failed run is resumed
-    budgets: list[int] = field(default_factory=list)  # a table after so many steps each; none: at the end of the runs
+    budgets: list[float] = field(default_factory=list)  # a table after so many steps each; none: at the end of the runs
     window: int = 200_000  # a score is the mean of the points of the curve in the last so many steps
     out: str = "benchmark"  # name of the results and of the folder of the logs
 
@@ -79,10 +79,14 @@ class Run:
     def name(self):
         return f"{self.args.env_id.replace('/', '-')}__{self.args.exp_name}__{self.args.seed}"
 
-    @property
     def folder(self):
-        """The newest run folder of this name, or None."""
-        return max(Path("runs").glob(f"{self.name}__*"), key=os.path.getmtime, default=None)
+        """The run folder with which the script would go on, or None."""
+        return importlib.import_module(self.script).parse_args([*self.flags, "--resume", "auto"]).resume
+
+    def steps(self):
+        """The steps of its last checkpoint."""
+        folder = self.folder()
+        return importlib.import_module(self.script).load_checkpoint(folder)["global_step"] if folder else 0
 
 
 def plan(args):
@@ -99,6 +103,8 @@ def plan(args):
     for line in lines:
         script, *flags = shlex.split(f"{line} {args.flags}")
         script = script.removesuffix(".py")
+        if not (UTILS.parent / f"{script}.py").exists():
+            sys.exit(f"there is no script {script}.py")
         runs.append(Run(script, flags, importlib.import_module(script).parse_args(flags)))
     if len({run.name for run in runs}) < len(runs):
         sys.exit("two runs have the same game, --exp-name and --seed")
@@ -109,42 +115,40 @@ def say(line):
     print(f"{line}\n", end="", flush=True)  # one piece, or the lines of several threads mix
 
 
-def steps_done(log):
-    """The last step that a run has printed."""
-    lines = log.read_text() if log.exists() else ""
-    return int(["0", *re.findall(r"^step ([\d,]+) of", lines, re.MULTILINE)][-1].replace(",", ""))
-
-
-def train(run, args, stopping, processes):
+def train(run, args, stopping):
     """Start or resume one run until it is through; what is wrong with it is left in run.error."""
     cmd = [sys.executable, UTILS.parent / f"{run.script}.py", *run.flags, "--resume", "auto"]
     log = Path(args.out, f"{run.name}.log")
     deadline = time.monotonic() + 3600 * args.hours
     for attempt in range(1 + args.retries):
-        if steps_done(log) >= args.steps:
-            return
         if stopping.is_set():
-            run.error = "not finished"
+            run.error = run.error or "not finished"
+            return
+        run.error = None
+        if run.steps() >= args.steps:
             return
         say(f"{'start' if attempt == 0 else 'again'}: {run.name}")
-        with open(log, "a") as file:
+        with open(log, "a+", errors="replace") as file:
+            start, cause = file.tell(), None
             process = subprocess.Popen(list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-            processes.append(process)
-            is_over = False
             while process.returncode is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1)
-                if not is_over and (time.monotonic() > deadline or steps_done(log) >= args.steps):
-                    is_over = True
-                    process.send_signal(signal.SIGINT)
-        code = process.returncode
-        if code == 0 or (is_over and code == 128 + signal.SIGINT):
-            run.error = None
+                file.seek(start)
+                steps = [0] + [int(n.replace(",", "")) for n in re.findall(r"^step ([\d,]+) of", file.read(), re.MULTILINE)]
+                is_over = time.monotonic() > deadline or steps[-1] >= args.steps
+                if not cause and (is_over or stopping.is_set()):
+                    cause = "over" if is_over else "stopped"
+                    process.send_signal(signal.SIGINT)  # only once: a second one ends a script without a checkpoint
+            file.seek(start)
+            last_words = " ".join(file.read().split("\n")[-3:]).strip()[-300:]
+        if process.returncode == 0 or (cause == "over" and process.returncode == 128 + signal.SIGINT):
             say(f"done:  {run.name}")
             return
-        last_words = " ".join(log.read_text().split("\n")[-3:]).strip()[-300:]
-        run.error = f"not finished: {last_words}" if stopping.is_set() else f"exit code {code}: {last_words}"
+        run.error = "not finished" if cause else f"exit code {process.returncode}: {last_words}"
         say(f"ended: {run.name}: {run.error}")
+        if cause:
+            return
 
 
 def published(env_id):
@@ -161,7 +165,7 @@ def published(env_id):
 
 def measure(run, budget, window):
     """Steps, hours and score at `budget` steps (None: at the run's end), or None if the run has not come so far."""
-    xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
+    xs, scores = plot.read_run(run.folder(), "charts/episodic_return", 1)
     steps, hours = xs["steps"], xs["hours"]
     budget = budget or steps[-1]
     inside = (steps > budget - window) & (steps < 1.01 * budget)  # A3C ends some steps later
@@ -209,32 +213,29 @@ def write(rows, out):
 def main(args):
     runs = plan(args)
     Path(args.out).mkdir(exist_ok=True)
-    stopping, processes, slots = threading.Event(), [], itertools.count()
-
-    def stop(signum, _):
-        stopping.set()
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+    stopping, slots = threading.Event(), itertools.count()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # under nohup
+            signal.signal(signum, lambda *_: stopping.set())
+    parallel = args.parallel or min(len(CORES), len(runs))
 
     def own_cores():
         """What a thread starts sees that thread's cores alone, and sizes itself to them."""
         if hasattr(os, "sched_setaffinity"):
-            share, slot = max(1, len(CORES) // args.parallel), next(slots)
+            share, slot = max(1, len(CORES) // parallel), next(slots)
             os.sched_setaffinity(0, {CORES[(slot * share + i) % len(CORES)] for i in range(share)})
 
-    with ThreadPoolExecutor(args.parallel, initializer=own_cores) as pool:
-        list(pool.map(lambda run: train(run, args, stopping, processes), runs))
+    with ThreadPoolExecutor(parallel, initializer=own_cores) as pool:
+        list(pool.map(lambda run: train(run, args, stopping), runs))
     ends = {None if args.hours < math.inf else min(args.steps, run.args.total_timesteps) for run in runs}
     budgets = args.budgets or sorted(ends)
-    with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
+    with_scores = [run for run in runs if run.folder() and "charts/episodic_return" in plot.read_tags(run.folder())]
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
+    else:
+        print("no table: no run has come far enough")
     for x, beside in (("steps", [UTILS / "published" / "paac_curves.csv"]), ("hours", [])) if with_scores else ():
-        curves = [str(path) for path in [run.folder for run in with_scores] + beside]
+        curves = [str(path) for path in [run.folder() for run in with_scores] + beside]
         plot.main(plot.Args(curves, x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
     failed = [run for run in runs if run.error]
     for run in failed:

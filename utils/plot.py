@@ -74,6 +74,8 @@ def read_csv(path, tag, x):
 
 
 def main(args):
+    if not args.runs:
+        sys.exit("no runs given")
     if args.labels and len(args.labels) != len(args.runs):
         sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
     panels, rows, ends, styles = {}, [], {}, {}
@@ -83,17 +85,22 @@ def main(args):
         if run.endswith(".csv"):
             curves = read_csv(run, args.tag, args.x)
         else:
+            if not Path(run).is_dir() or Path(run).name.count("__") < 3:
+                sys.exit(f"{run} is no run folder and no .csv")
             env_id, exp_name, seed, _ = Path(run).name.rsplit("__", 3)
             xs, values = read_run(run, args.tag, args.smooth)
             curves = {(env_id, exp_name, seed): (xs[args.x], values)}
             ends[env_id] = max(ends.get(env_id, 0), xs[args.x][-1])
         for (env_id, label, seed), (x, values) in curves.items():
-            inside = x <= ends.get(env_id, -1 if ends else np.inf)
-            if inside.any():
-                label = args.labels[i] if args.labels else label
+            end = min(x[-1], ends.get(env_id, -1 if ends else np.inf))
+            if x[0] <= end:
+                inside = x < end
+                x, values = np.append(x[inside], end), np.append(values[inside], np.interp(end, x, values))
+                if args.labels and len({label for _, label, _ in curves}) == 1:  # a file of several keeps its own
+                    label = args.labels[i]
                 styles[label] = "-" if seed else "--"  # published curves have no seed
-                panels.setdefault(env_id, {}).setdefault(label, []).append((x[inside], values[inside]))
-                rows += [(env_id, label, seed, f"{a:g}", f"{b:.4g}") for a, b in zip(x[inside], values[inside])]
+                panels.setdefault(env_id, {}).setdefault(label, []).append((x, values))
+                rows += [(env_id, label, seed, f"{a:g}", f"{b:.4g}") for a, b in zip(x, values)]
 
     figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (env_id, lines) in zip(axes[0], panels.items()):
