@@ -279,14 +279,17 @@ def main(args):
                 speeds[name].append(measure())
         report["training"] = table(f"training, {args.num_envs} games of {args.env_id}", speeds, next(iter(runs)))
     if "sweep" in args.parts:
-        report["sweep"] = []
+        report["sweep"], measured = [], {point: [] for point in itertools.product(args.sweep, ("nips", "nature"))}
+        for _ in range(args.rounds):
+            for (num_envs, arch), rounds in measured.items():
+                rounds.append(train_speed(args, args.scripts[0], num_envs, arch))
         print("\n| games | network | steps/s | games % | acting % | learning % |\n|--:|:--|--:|--:|--:|--:|")
-        for num_envs in args.sweep:
-            for arch in ("nips", "nature"):
-                speed, split = train_speed(args, args.scripts[0], num_envs, arch)
-                shares = " | ".join(f"{100 * split[part]:.0f}" for part in ("env", "act", "learn"))
-                print(f"| {num_envs} | {arch} | {speed:,.0f} | {shares} |", flush=True)
-                report["sweep"].append({"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split})
+        for (num_envs, arch), rounds in measured.items():
+            speed = statistics.median(speed for speed, _ in rounds)
+            split = {part: statistics.mean(split[part] for _, split in rounds) for part in ("env", "act", "learn")}
+            shares = " | ".join(f"{100 * share:.0f}" for share in split.values())
+            print(f"| {num_envs} | {arch} | {speed:,.0f} | {shares} |")
+            report["sweep"].append({"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split})
         figure(report["sweep"], f"{args.out}.png", f"{args.scripts[0]} on {report['hardware']['cores']} cores")
     Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{args.out}.json")

@@ -1,0 +1,29 @@
+"""utils/throughput.py measures all it says it measures, and does its sums right."""
+
+import json
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+sys.path.insert(0, str(ROOT / "utils"))
+
+
+def test_medians_and_ratios_are_those_of_the_rounds(capsys):
+    import throughput
+
+    speeds = {"slow": [10.0, 20.0, 40.0], "fast": [20.0, 60.0, 80.0]}
+    rows = throughput.table("title", speeds, "slow")
+    assert [(row["name"], row["steps_per_second"], row["ratio"]) for row in rows] == [("slow", 20, 1), ("fast", 60, 2)]
+    assert "| 60 | 2.00 | 20 - 80 | fast |" in capsys.readouterr().out
+
+
+def test_all_parts(tmp_path):
+    cmd = [sys.executable, ROOT / "utils" / "throughput.py", "--rounds", 1, "--num-envs", 4, "--num-workers", 2]
+    result = run([*cmd, "--seconds", 0.3, "--train-seconds", 1, "--networks", "nips", "--sweep", 4], tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "throughput.json").read_text())
+    assert [len(report[part]) for part in ("games", "training", "sweep")] == [4, 1, 2]
+    assert all(row["steps_per_second"] > 0 for part in ("games", "training", "sweep") for row in report[part])
+    assert all(sum(row["split"].values()) == pytest.approx(1, abs=1e-4) for row in report["sweep"])
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
