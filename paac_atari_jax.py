@@ -155,7 +155,7 @@ class AtariEnv(gym.Env):
 class AtariWorker(gym.Env):
     """The k games of one worker, stepped one after another; AsyncVectorEnv takes them for one environment with array rewards.
     A finished game restarts at once and shows the new game's first observation. Only when a time limit cut a game short,
-    info["final_obs"] (k, 4, 84, 84) holds what the games showed before that."""
+    info["last_obs"] (k, 4, 84, 84) holds what the games showed before that."""
 
     def __init__(self, make_env, first_game, num_games, learner_pid):
         if os.getpid() != learner_pid:  # AsyncVectorEnv also builds one worker in the learner
@@ -183,7 +183,7 @@ class AtariWorker(gym.Env):
         terminations, truncations = np.zeros((2, self.num_games), bool)
         for i, env in enumerate(self.envs):
             self.obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
-        info = {"final_obs": self.obs.copy()} if truncations.any() else {}
+        info = {"last_obs": self.obs.copy()} if truncations.any() else {}  # "final_obs" would become an array of objects
         for i, env in enumerate(self.envs):
             if env.game_over:
                 self.episodes.append((env.episode_return, env.episode_length))
@@ -455,8 +455,8 @@ def train(args, env_class=AtariEnv):
                 obs, *outcome, info = envs.step_wait(args.step_timeout)  # overwrites what `obs` was
                 outcomes.append(outcome)
                 clock("env")
-                if "final_obs" in info:
-                    final_values[step] = compute_values(agent, params, info["final_obs"])
+                if "last_obs" in info:
+                    final_values[step] = compute_values(agent, params, info["last_obs"])
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or bool(stop_signals)
             checkpoint_due = is_last or next_step % args.checkpoint_interval < batch_size

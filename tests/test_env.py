@@ -1,12 +1,15 @@
 """AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each for itself. PAAC's are
 tested; test_drift.py holds those of the other scripts to the same text."""
 
+import importlib
 import os
+from itertools import islice
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import small
+from conftest import SYNCHRONOUS, small
+from games import Scripted, scripted_steps
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
@@ -84,6 +87,38 @@ def test_time_limit_is_a_truncation():
     assert outcomes[-1] == (False, True)
     assert set(outcomes[:-1]) == {(False, False)}
     assert env.ale.getEpisodeFrameNumber() == 402
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_time_limits_come_with_the_last_observations(num_workers, monkeypatch):
+    """One array of all games, in which those that a time limit cut short show what they showed before they restarted."""
+    monkeypatch.setattr(Scripted, "created", 0)
+    envs = paac_atari.make_envs(paac_atari.parse_args([*small(paac_atari), "--num-workers", str(num_workers)]), Scripted)
+    envs.call_async("start", 1, None)
+    envs.call_wait(60)
+    games, times = scripted_steps(2 if num_workers else 4), max(1, num_workers)  # each worker counts its games from 0
+    for _, last_shown, over, cut, next_shown in islice(games, 20):
+        envs.step_async(np.zeros(envs.action_space.shape, int))
+        obs, _, terminations, truncations, info = envs.step_wait(60)
+        np.testing.assert_array_equal(terminations.flat, np.tile(over, times))
+        np.testing.assert_array_equal(truncations.flat, np.tile(cut, times))
+        np.testing.assert_array_equal(obs.reshape(4, -1)[:, 0], np.tile(next_shown, times))
+        assert ("last_obs" in info) == cut.any()
+        if cut.any():
+            assert info["last_obs"].shape == obs.shape and info["last_obs"].dtype == np.uint8
+            last_obs = info["last_obs"].reshape(4, -1)[:, 0]
+            np.testing.assert_array_equal(last_obs[np.tile(cut, times)], np.tile(last_shown[cut], times))
+    paac_atari.close_envs(envs)
+
+
+@pytest.mark.parametrize("name", SYNCHRONOUS)
+def test_training_goes_on_after_time_limits_in_workers(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    script = importlib.import_module(name)
+    args = script.parse_args([*small(script), "--total-timesteps", "200"])
+    assert args.num_workers == 2
+    script.train(args, Scripted)
+    assert [*tmp_path.glob("runs/*/checkpoint.*")]
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "QbertNoFrameskip-v4", "ALE/Breakout-v5", "ALE/Seaquest-v5"])
