@@ -215,7 +215,7 @@ def main(args):
     Path(args.out).mkdir(exist_ok=True)
     stopping, slots = threading.Event(), itertools.count()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # under nohup
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup stays nohup
             signal.signal(signum, lambda *_: stopping.set())
     parallel = args.parallel or min(len(CORES), len(runs))
 
