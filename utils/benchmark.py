@@ -73,20 +73,16 @@ class Run:
     script: str
     flags: list[str]  # as typed
     args: object  # the script's Args
+    folder: str | None = None  # known after training
     error: str | None = None
 
     @property
     def name(self):
         return f"{self.args.env_id.replace('/', '-')}__{self.args.exp_name}__{self.args.seed}"
 
-    def folder(self):
+    def find_folder(self):
         """The run folder with which the script would go on, or None."""
         return importlib.import_module(self.script).parse_args([*self.flags, "--resume", "auto"]).resume
-
-    def steps(self):
-        """The steps of its last checkpoint."""
-        folder = self.folder()
-        return importlib.import_module(self.script).load_checkpoint(folder)["global_step"] if folder else 0
 
 
 def plan(args):
@@ -125,7 +121,8 @@ def train(run, args, stopping):
             run.error = run.error or "not finished"
             return
         run.error = None
-        if run.steps() >= args.steps:
+        folder = run.find_folder()
+        if folder and importlib.import_module(run.script).load_checkpoint(folder)["global_step"] >= args.steps:
             return
         say(f"{'start' if attempt == 0 else 'again'}: {run.name}")
         with open(log, "a+", errors="replace") as file:
@@ -135,16 +132,16 @@ def train(run, args, stopping):
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1)
                 file.seek(start)
-                steps = [0] + [int(n.replace(",", "")) for n in re.findall(r"^step ([\d,]+) of", file.read(), re.MULTILINE)]
+                output = file.read()
+                steps = [0] + [int(n.replace(",", "")) for n in re.findall(r"^step ([\d,]+) of", output, re.MULTILINE)]
                 is_over = time.monotonic() > deadline or steps[-1] >= args.steps
                 if not cause and (is_over or stopping.is_set()):
                     cause = "over" if is_over else "stopped"
                     process.send_signal(signal.SIGINT)  # only once: a second one ends a script without a checkpoint
-            file.seek(start)
-            last_words = " ".join(file.read().split("\n")[-3:]).strip()[-300:]
         if process.returncode == 0 or (cause == "over" and process.returncode == 128 + signal.SIGINT):
             say(f"done:  {run.name}")
             return
+        last_words = " ".join(output.split("\n")[-3:]).strip()[-300:]
         run.error = "not finished" if cause else f"exit code {process.returncode}: {last_words}"
         say(f"ended: {run.name}: {run.error}")
         if cause:
@@ -165,7 +162,7 @@ def published(env_id):
 
 def measure(run, budget, window):
     """Steps, hours and score at `budget` steps (None: at the run's end), or None if the run has not come so far."""
-    xs, scores = plot.read_run(run.folder(), "charts/episodic_return", 1)
+    xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
     steps, hours = xs["steps"], xs["hours"]
     budget = budget or steps[-1]
     inside = (steps > budget - window) & (steps < 1.01 * budget)  # A3C ends some steps later
@@ -227,15 +224,17 @@ def main(args):
 
     with ThreadPoolExecutor(parallel, initializer=own_cores) as pool:
         list(pool.map(lambda run: train(run, args, stopping), runs))
+    for run in runs:
+        run.folder = run.find_folder()
     ends = {None if args.hours < math.inf else min(args.steps, run.args.total_timesteps) for run in runs}
     budgets = args.budgets or sorted(ends)
-    with_scores = [run for run in runs if run.folder() and "charts/episodic_return" in plot.read_tags(run.folder())]
+    with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
     else:
         print("no table: no run has come far enough")
     for x, beside in (("steps", [UTILS / "published" / "paac_curves.csv"]), ("hours", [])) if with_scores else ():
-        curves = [str(path) for path in [run.folder() for run in with_scores] + beside]
+        curves = [str(path) for path in [run.folder for run in with_scores] + beside]
         plot.main(plot.Args(curves, x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
     failed = [run for run in runs if run.error]
     for run in failed:

@@ -257,15 +257,21 @@ def figure(sweep, path, title):
     fig.savefig(path, dpi=120)
 
 
+def in_turn(measures, rounds):
+    """{name: [what measure() returned in each round]}, one round of everything after the other."""
+    results = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            results[name].append(measure())
+    return results
+
+
 def main(args):
     report = {"hardware": hardware(), "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"}}
     print(", ".join(f"{k} {v}" for k, v in report["hardware"].items()), flush=True)
     if "games" in args.parts:
         pipelines, close = game_pipelines(args)
-        speeds = {name: [] for name in pipelines}
-        for _ in range(args.rounds):
-            for name, measure in pipelines.items():
-                speeds[name].append(measure())
+        speeds = in_turn(pipelines, args.rounds)
         close()
         report["games"] = table(f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines)))
     if "training" in args.parts:
@@ -273,16 +279,13 @@ def main(args):
         for script, network in itertools.product(args.scripts, args.networks):
             flags = (args, script, args.num_envs, network)
             runs[f"{script}, {network}"] = lambda flags=flags: train_speed(*flags)[0]
-        speeds = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, measure in runs.items():
-                speeds[name].append(measure())
+        speeds = in_turn(runs, args.rounds)
         report["training"] = table(f"training, {args.num_envs} games of {args.env_id}", speeds, next(iter(runs)))
     if "sweep" in args.parts:
-        report["sweep"], measured = [], {point: [] for point in itertools.product(args.sweep, ("nips", "nature"))}
-        for _ in range(args.rounds):
-            for (num_envs, arch), rounds in measured.items():
-                rounds.append(train_speed(args, args.scripts[0], num_envs, arch))
+        points = itertools.product(args.sweep, ("nips", "nature"))
+        runs = {point: lambda point=point: train_speed(args, args.scripts[0], *point) for point in points}
+        report["sweep"] = []
+        measured = in_turn(runs, args.rounds)
         print("\n| games | network | steps/s | games % | acting % | learning % |\n|--:|:--|--:|--:|--:|--:|")
         for (num_envs, arch), rounds in measured.items():
             speed = statistics.median(speed for speed, _ in rounds)
