@@ -400,15 +400,17 @@ def test_nothing_survives_a_killed_learner(start):
 
 
 def test_learns_a_small_image_game(script, tmp_path):
-    """Catch at 84 x 84: random play scores -0.8, the optimum is 1, with 2 % random actions about 0.97."""
+    """Catch at 84 x 84: random play scores -0.7, the optimum is 1, with 2 % random actions about 0.97. A3C's entropy bonus keeps
+    it at 0.88 to 0.94 (five seeds); with a tenth of it a run can settle on half of the balls for good."""
     greedy = ["--exploration-steps", 20_000, "--final-epsilons", 0.02, "--target-interval", 1000]
-    flags = ["--num-envs", 4, "--ent-coef", 0.001] if script.__name__ == "a3c_atari" else ["--no-anneal-lr"]
+    is_a3c = script.__name__ == "a3c_atari"
+    flags = ["--num-envs", 4] if is_a3c else ["--no-anneal-lr"]
     flags += ["--total-timesteps", 80_000, *(greedy if script.__name__ in Q_SCRIPTS else [])]
     result = run([sys.executable, ROOT / "tests" / "games.py", script.__name__, *flags], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]
     assert scores[0][1] < -0.5
-    assert np.mean([score for _, score in scores[-2:]]) > 0.9, result.stdout
+    assert np.mean([score for _, score in scores[-2:]]) > (0.8 if is_a3c else 0.9), result.stdout
 
 
 def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
