@@ -18,6 +18,20 @@ def test_medians_and_ratios_are_those_of_the_rounds(capsys):
     assert "| 60 | 2.00 | 20 - 80 | fast |" in capsys.readouterr().out
 
 
+def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):
+    import throughput
+
+    import paac_atari
+
+    counts, make_envs = [], paac_atari.make_envs
+    monkeypatch.setattr(paac_atari, "make_envs", lambda args: counts.append((args.num_workers, args.num_envs)) or make_envs(args))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    pipelines, close = throughput.game_pipelines(throughput.Args(num_envs=4, seconds=0.1))
+    close()
+    assert counts == [(2, 4)]
+    assert "ours: 2 workers" in pipelines and "ale-py AtariVectorEnv (C++), 2 threads" in pipelines
+
+
 def test_all_parts(tmp_path):
     cmd = [sys.executable, ROOT / "utils" / "throughput.py", "--rounds", 1, "--num-envs", 4, "--num-workers", 2]
     result = run([*cmd, "--seconds", 0.3, "--train-seconds", 1, "--networks", "nips", "--sweep", 4], tmp_path, timeout=300)

@@ -51,7 +51,7 @@ class Args:
     parts: list[Literal["games", "training", "sweep"]] = field(default_factory=lambda: ["games", "training", "sweep"])
     env_id: str = "BreakoutNoFrameskip-v4"  # the game
     num_envs: int = 32  # games in parallel, but for the sweep
-    num_workers: int = CORES  # processes or threads
+    num_workers: int | None = None  # processes or threads; None: the script's choice
     rounds: int = 5  # repetitions, one of everything after the other
     seconds: float = 5.0  # length of a measurement of the games
     train_seconds: float = 20.0  # length of a measurement of training, after its start
@@ -98,14 +98,15 @@ def game_pipelines(args):
     """{name: function that measures it once}, all started, and a function that ends them."""
     n, generator = args.num_envs, np.random.default_rng(0)
     script = importlib.import_module(args.scripts[0])
-    run_args = script.Args(env_id=args.env_id, num_envs=n, num_workers=args.num_workers, terminal_on_life_loss=False)
-    ours = script.make_envs(run_args)
+    flags = ["--env-id", args.env_id, "--num-envs", str(n), "--no-terminal-on-life-loss"]
+    run_args = script.parse_args(flags + (["--num-workers", str(args.num_workers)] if args.num_workers else []))
+    ours, workers = script.make_envs(run_args), run_args.num_workers
     ours.call("start", 0, None)
     stock = gym.vector.AsyncVectorEnv([lambda: stock_env(args.env_id)] * n, context="forkserver")
     stock.reset(seed=0)
     num_actions = ours.single_action_space.nvec[0]
     game = gym.spec(args.env_id).kwargs["game"]
-    cpp = ale_py.AtariVectorEnv(game, num_envs=n, num_threads=args.num_workers, reward_clipping=False)
+    cpp = ale_py.AtariVectorEnv(game, num_envs=n, num_threads=workers, reward_clipping=False)
     cpp.reset(seed=0)
 
     def step_ours():
@@ -114,9 +115,9 @@ def game_pipelines(args):
 
     def emulator():
         context = multiprocessing.get_context("forkserver")
-        barrier, results = context.Barrier(args.num_workers), context.Queue()
+        barrier, results = context.Barrier(workers), context.Queue()
         work = (args.env_id, args.seconds, barrier, results)
-        processes = [context.Process(target=emulate, args=work) for _ in range(args.num_workers)]
+        processes = [context.Process(target=emulate, args=work) for _ in range(workers)]
         for process in processes:
             process.start()
         speed = sum(results.get() for _ in processes)
@@ -131,11 +132,11 @@ def game_pipelines(args):
 
     measure = {
         f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(generator.integers(num_actions, size=n)),
-        f"ours: {args.num_workers} workers": step_ours,
-        f"ale-py AtariVectorEnv (C++), {args.num_workers} threads": lambda: cpp.step(generator.integers(num_actions, size=n)),
+        f"ours: {workers} workers": step_ours,
+        f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(generator.integers(num_actions, size=n)),
     }
     pipelines = {name: lambda step=step: steps_per_second(step, n, args.seconds) for name, step in measure.items()}
-    return pipelines | {f"the emulator alone, {args.num_workers} processes": emulator}, close
+    return pipelines | {f"the emulator alone, {workers} processes": emulator}, close
 
 
 # --------------------------------------------------------------------------------------------------------------------- training
@@ -179,7 +180,7 @@ def train_speed(args, script, num_envs, network):
     with tempfile.TemporaryDirectory() as folder:
         cmd = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
         cmd += ["--log-interval", 1000]
-        if hasattr(importlib.import_module(script).Args, "num_workers"):  # each game of A3C is a process
+        if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):  # each game of A3C is a process
             cmd += ["--num-workers", args.num_workers]
         cmd += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
         with open(Path(folder, "log"), "w") as log:
