@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, scalars
 from test_runs import descendants, load, parents, wait_for
+from torch.utils.tensorboard import SummaryWriter
 
 BENCHMARK = [sys.executable, str(ROOT / "utils" / "benchmark.py")]
 PLAN = """# one that works and one that fails
@@ -80,6 +81,23 @@ def test_steps_end_each_run_once(tmp_path):
         tables.append((tmp_path / "benchmark.csv").read_text())
     assert tables[0] == tables[1] == tables[3] != tables[2] and ",2000.0," in tables[0]
     assert all(2000 <= load(run_dir)["global_step"] < 10_000 for run_dir in tmp_path.glob("runs/*"))
+
+
+def test_a_run_ends_with_its_last_step_not_its_last_score(tmp_path):
+    """Where all games are long, the last of them end long before the run does."""
+    sys.path.insert(0, str(ROOT / "utils"))
+    import benchmark
+
+    with SummaryWriter(tmp_path / "run") as writer:
+        for step in range(10_000, 510_000, 10_000):
+            writer.add_scalar("charts/SPS", 1000.0, step)
+            if step % 130_000 == 0:
+                writer.add_scalar("charts/episodic_return", step / 10_000, step)
+    run = benchmark.Run("paac_atari", [], None, str(tmp_path / "run"))
+    for budget in (None, 500_000):
+        steps, hours, score = benchmark.measure(run, budget, window=200_000)
+        assert (steps, score) == (500_000, 39) and hours == pytest.approx(500 / 3600)
+    assert benchmark.measure(run, 600_000, window=200_000) is None
 
 
 def test_plan_names_its_mistakes(tmp_path):

@@ -162,13 +162,13 @@ def published(env_id):
 
 def measure(run, budget, window):
     """Steps, hours and score at `budget` steps (None: at the run's end), or None if the run has not come so far."""
+    logged, _ = plot.read_run(run.folder, "charts/SPS", 1)  # has points also where no game ended
     xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
-    steps, hours = xs["steps"], xs["hours"]
-    budget = budget or steps[-1]
-    inside = (steps > budget - window) & (steps < 1.01 * budget)  # A3C ends some steps later
-    if steps[-1] < 0.98 * budget or not inside.any():
+    budget = budget or logged["steps"][-1]
+    inside = (xs["steps"] > budget - window) & (xs["steps"] < 1.01 * budget)  # A3C ends some steps later
+    if logged["steps"][-1] < 0.98 * budget or not inside.any():
         return None
-    return budget, hours[inside][-1], scores[inside].mean()
+    return budget, np.interp(budget, logged["steps"], logged["hours"]), scores[inside].mean()
 
 
 def report(runs, budget, window):
