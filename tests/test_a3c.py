@@ -80,10 +80,11 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, en
                 g = g * min(1.0, clip / norm)
                 mean_square += 0.01 * (g**2 - mean_square)
                 p -= lr * (1 - 5 * update / 100) * g / (mean_square + eps) ** 0.5
+    torch.manual_seed(3)
     initial = a3c_atari.Agent(env.action_space.n)
     for (name, p), q in zip(agent.named_parameters(), checkpoint["agent"].values()):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
-    assert any((p - q).abs().max() > 1e-2 for p, q in zip(initial.parameters(), agent.parameters()))
+    assert all((p - q).abs().max() > 2e-5 for p, q in zip(initial.parameters(), agent.parameters()))
 
 
 def test_updates_reach_the_shared_memory():
