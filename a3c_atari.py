@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -217,7 +218,7 @@ def save_checkpoint(path, checkpoint):
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    with suppress(OSError):  # there is none yet, or the disk has no hard links
         path.with_stem("checkpoint.prev").unlink(missing_ok=True)
         os.link(path, path.with_stem("checkpoint.prev"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -228,6 +229,7 @@ def load_checkpoint(run_dir):
     try:
         assert path.open("rb").read(2) == b"PK"  # torch.save writes zip files
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing, wherever the file is from
+        assert checkpoint["script"] == SCRIPT
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception:  # a damaged file raises nearly anything
         fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
@@ -242,7 +244,7 @@ def parse_args(argv=None):
     """The command line as Args, on top of the defaults or of the resumed run's. What cannot work ends here, with exit code 2."""
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
-        runs = sorted(Path("runs").glob(f"*__{args.exp_name}__{args.seed}__*/checkpoint.pt"), key=os.path.getmtime)
+        runs = sorted(Path("runs").glob(f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__*/checkpoint.pt"))
         known = {str(run.parent): load_checkpoint(run.parent)["args"] for run in runs}
         args.resume = next((run for run in reversed(known) if known[run] == replace(args, resume=None)), None)
     if args.resume:
@@ -336,6 +338,7 @@ def train(args, env_class=AtariEnv):
     if args.resume:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # not the checkpoint's, if another was asked for
     steps = torch.zeros(args.num_envs, dtype=torch.int64)
     figures, stop = torch.zeros(args.num_envs, len(FIGURES)), torch.zeros(1, dtype=torch.bool)
     for tensor in (steps, figures, stop, *(state["square_avg"] for state in optimizer.state.values())):
@@ -383,7 +386,7 @@ def train(args, env_class=AtariEnv):
                     if isinstance(report, str):
                         sys.exit(f"step {global_step}: {report}")
                     episodes.append(report)
-            except (EOFError, ConnectionError):
+            except (EOFError, OSError):
                 processes[i].join()
                 code = processes[i].exitcode
                 lost[i] = f"died: {signal.Signals(-code).name if code < 0 else code}"
@@ -418,7 +421,7 @@ def train(args, env_class=AtariEnv):
                 bar.set_postfix_str(score := f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet")
                 if bar.disable:
                     print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
-                scalars = {"charts/SPS": speed} | dict(zip(FIGURES, figures.mean(0)))
+                scalars = {"charts/SPS": speed} | dict(zip(FIGURES, figures.sum(0) / max(1, (steps > 0).sum())))
                 if episodes:
                     scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
                 if not writer:
@@ -434,9 +437,9 @@ def train(args, env_class=AtariEnv):
                 writer.flush()
                 save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
         except OSError as error:
-            print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
+            with suppress(OSError):  # this may go to the same disk
+                print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
             writer = None  # its thread is dead
-
     bar.close()
     if stop_signals:
         print(f"{signal.Signals(stop_signals[0]).name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")

@@ -321,7 +321,7 @@ def save_checkpoint(path, checkpoint):
         file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    with suppress(OSError):  # there is none yet, or the disk has no hard links
         path.with_stem("checkpoint.prev").unlink(missing_ok=True)
         os.link(path, path.with_stem("checkpoint.prev"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -332,6 +332,7 @@ def load_checkpoint(run_dir):
     try:
         assert path.open("rb").read(2) == b"PK"  # torch.save writes zip files
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing, wherever the file is from
+        assert checkpoint["script"] == SCRIPT
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception:  # a damaged file raises nearly anything
         fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
@@ -346,7 +347,7 @@ def parse_args(argv=None):
     """The command line as Args, on top of the defaults or of the resumed run's. What cannot work ends here, with exit code 2."""
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
-        runs = sorted(Path("runs").glob(f"*__{args.exp_name}__{args.seed}__*/checkpoint.pt"), key=os.path.getmtime)
+        runs = sorted(Path("runs").glob(f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__*/checkpoint.pt"))
         known = {str(run.parent): replace(load_checkpoint(run.parent)["args"], num_workers=args.num_workers) for run in runs}
         args.resume = next((run for run in reversed(known) if known[run] == replace(args, resume=None)), None)
     if args.resume:
@@ -390,6 +391,7 @@ def train(args, env_class=AtariEnv):
         agent.load_state_dict(checkpoint["agent"])
         target.load_state_dict(checkpoint["target"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # not the checkpoint's, if another was asked for
         torch.set_rng_state(checkpoint["rng"][0])
         torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
 
@@ -400,13 +402,12 @@ def train(args, env_class=AtariEnv):
         wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
     print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on the {device}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-    spent, logged_time, writer = Counter(), time.perf_counter(), None
+    spent, logged_time, writer, failures, obs = Counter(), time.perf_counter(), None, 0, None
 
     def clock(part):  # books the time since the last call under `part`
         spent[part] += time.perf_counter() - logged_time - spent.total()
 
-    batch_size, failures, logged_step, obs = args.num_envs * args.num_steps, 0, global_step, None
-    is_last = global_step >= args.total_timesteps
+    batch_size, logged_step, is_last = args.num_envs * args.num_steps, global_step, global_step >= args.total_timesteps
     while not is_last:
         # SCHEDULE
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
@@ -438,9 +439,8 @@ def train(args, env_class=AtariEnv):
             if log_due:
                 envs.call_async("report", checkpoint_due)
                 episodes, games = (sum(parts, []) for parts in zip(*envs.call_wait(args.step_timeout)))
-        except (EOFError, ConnectionError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
-            cause, failures, is_last = close_envs(envs) or "a worker died at its start", failures + 1, False
-            obs = games = None
+        except (EOFError, OSError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
+            cause, failures, is_last, obs, games = close_envs(envs) or "a worker died at start", failures + 1, False, None, None
             print(f"\n{cause}; all games start anew, this rollout is dropped", file=sys.stderr)
             if failures == 3:
                 sys.exit(f"three times without a finished rollout: giving up. From the last checkpoint: --resume {run_dir}")
@@ -495,9 +495,9 @@ def train(args, env_class=AtariEnv):
                 writer.flush()
                 save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
         except OSError as error:
-            print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
+            with suppress(OSError):  # this may go to the same disk
+                print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
             writer = None  # its thread is dead
-
     bar.close()
     close_envs(envs)
     if stop_signals:

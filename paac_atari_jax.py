@@ -350,7 +350,7 @@ def save_checkpoint(path, checkpoint):
         file.write(flax.serialization.msgpack_serialize(checkpoint))
         file.flush()
         os.fsync(file.fileno())
-    if path.exists():
+    with suppress(OSError):  # there is none yet, or the disk has no hard links
         path.with_stem("checkpoint.prev").unlink(missing_ok=True)
         os.link(path, path.with_stem("checkpoint.prev"))
     os.replace(path.with_suffix(".tmp"), path)
@@ -360,6 +360,7 @@ def load_checkpoint(run_dir):
     path = Path(run_dir, "checkpoint.msgpack")
     try:
         checkpoint = flax.serialization.msgpack_restore(path.read_bytes())  # executes nothing, wherever the file is from
+        assert checkpoint["script"] == SCRIPT
         return checkpoint | {"args": Args(**checkpoint["args"])}
     except Exception:  # a damaged file raises nearly anything
         fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
@@ -374,7 +375,7 @@ def parse_args(argv=None):
     """The command line as Args, on top of the defaults or of the resumed run's. What cannot work ends here, with exit code 2."""
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
-        runs = sorted(Path("runs").glob(f"*__{args.exp_name}__{args.seed}__*/checkpoint.msgpack"), key=os.path.getmtime)
+        runs = sorted(Path("runs").glob(f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__*/checkpoint.msgpack"))
         known = {str(run.parent): replace(load_checkpoint(run.parent)["args"], num_workers=args.num_workers) for run in runs}
         args.resume = next((run for run in reversed(known) if known[run] == replace(args, resume=None)), None)
     if args.resume:
@@ -428,13 +429,12 @@ def train(args, env_class=AtariEnv):
         wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
     print(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, {args.arch} network on the {device}", flush=True)
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-    spent, logged_time, writer = Counter(), time.perf_counter(), None
+    spent, logged_time, writer, failures, obs = Counter(), time.perf_counter(), None, 0, None
 
     def clock(part):  # books the time since the last call under `part`
         spent[part] += time.perf_counter() - logged_time - spent.total()
 
-    batch_size, failures, logged_step, obs = args.num_envs * args.num_steps, 0, global_step, None
-    is_last = global_step >= args.total_timesteps
+    batch_size, logged_step, is_last = args.num_envs * args.num_steps, global_step, global_step >= args.total_timesteps
     while not is_last:
         # SCHEDULE
         learning_rate = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
@@ -464,9 +464,8 @@ def train(args, env_class=AtariEnv):
             if log_due:
                 envs.call_async("report", checkpoint_due)
                 episodes, games = (sum(parts, []) for parts in zip(*envs.call_wait(args.step_timeout)))
-        except (EOFError, ConnectionError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
-            cause, failures, is_last = close_envs(envs) or "a worker died at its start", failures + 1, False
-            obs = games = None
+        except (EOFError, OSError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
+            cause, failures, is_last, obs, games = close_envs(envs) or "a worker died at start", failures + 1, False, None, None
             print(f"\n{cause}; all games start anew, this rollout is dropped", file=sys.stderr)
             if failures == 3:
                 sys.exit(f"three times without a finished rollout: giving up. From the last checkpoint: --resume {run_dir}")
@@ -480,7 +479,7 @@ def train(args, env_class=AtariEnv):
         params, opt_state, losses = update(optimizer, params, opt_state, *coefficients, *batch)
         if not np.isfinite(losses["losses/grad_norm"]):
             parts = ", ".join(f"{tag.split('/')[1]} {x}" for tag, x in losses.items())
-            sys.exit(f"step {global_step}: {parts}: stopped before the parameters change. A lower --learning-rate may help")
+            sys.exit(f"step {global_step}: {parts}: stopped; the last checkpoint stays good. A lower --learning-rate may help")
         bar.update(batch_size)
         clock("learn")
 
@@ -512,9 +511,9 @@ def train(args, env_class=AtariEnv):
                 writer.flush()
                 save_checkpoint(run_dir / "checkpoint.msgpack", checkpoint)
         except OSError as error:
-            print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
+            with suppress(OSError):  # this may go to the same disk
+                print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
             writer = None  # its thread is dead
-
     bar.close()
     close_envs(envs)
     if stop_signals:

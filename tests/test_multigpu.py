@@ -130,6 +130,25 @@ def test_killed_rank_restarts_the_job_from_the_checkpoint(start, tmp_path):
     assert victim not in parents()
 
 
+def test_ranks_with_different_checkpoints_do_not_start(tmp_path):
+    """Two machines whose runs/ are not the same folder: one finds the checkpoint to resume, the other starts anew."""
+    flags = [*FLAGS, "--num-workers", "1", "--resume", "auto", "--total-timesteps", "40"]
+    main = tmp_path / "main.py"
+    main.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+os.makedirs(os.environ["RANK"], exist_ok=True)
+os.chdir(os.environ["RANK"])
+import paac_atari_multigpu as script
+if __name__ == "__main__":
+    script.train(script.parse_args({flags!r}))
+""")
+    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    assert run([*cmd, "1", main], tmp_path).returncode == 0
+    result = run([*cmd, "2", main], tmp_path)
+    assert result.returncode != 0 and "the ranks start at different steps, [40, 0]" in result.stderr, result.stderr
+
+
 def test_without_torchrun_one_line_says_how(tmp_path):
     result = run(command(paac_atari_multigpu, *FLAGS), tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "torchrun --standalone" in result.stderr, result.stderr
