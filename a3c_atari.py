@@ -344,7 +344,7 @@ def train(args, env_class=AtariEnv):
     for tensor in (steps, figures, stop, *(state["square_avg"] for state in optimizer.state.values())):
         tensor.share_memory_()
 
-    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}")
     if args.track:
         import wandb
 

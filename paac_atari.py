@@ -390,7 +390,7 @@ def train(args, env_class=AtariEnv):
         torch.set_rng_state(checkpoint["rng"][0])
         torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
 
-    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}")
     if args.track:
         import wandb
 

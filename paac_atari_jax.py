@@ -422,7 +422,7 @@ def train(args, env_class=AtariEnv):
         opt_state = flax.serialization.from_state_dict(opt_state, checkpoint["optimizer"])
         key = jax.random.wrap_key_data(checkpoint["rng"])
 
-    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}")
     if args.track:
         import wandb
 

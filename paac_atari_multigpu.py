@@ -411,7 +411,7 @@ def train(args, env_class=AtariEnv):
     if len({*first_steps}) > 1:
         fail(f"the ranks start at different steps, {first_steps}: the folder runs/ must be the same one on all machines")
 
-    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}")
     if args.track and RANK == 0:
         import wandb
 

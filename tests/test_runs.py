@@ -1,5 +1,6 @@
 """Whole runs from the command line: exact resume, signals, bad input and bad luck, learning, and the script copied alone."""
 
+import importlib
 import json
 import multiprocessing.forkserver
 import os
@@ -191,6 +192,15 @@ def test_resume_auto_and_longer(script, tmp_path):
     assert len(list(tmp_path.glob("runs/*"))) == 2
     result = run(command(script, "--resume", run_dir, "--arch", "nature"), tmp_path)
     assert result.returncode == 2 and "--arch" in result.stderr
+
+
+def test_runs_started_at_the_same_time_have_folders_of_their_own(tmp_path):
+    """As in a loop over learning rates that starts all runs at once."""
+    script = importlib.import_module("paac_atari")
+    commands = [command(script, *small(script), "--learning-rate", lr, "--total-timesteps", 20) for lr in (1e-3, 2e-3, 3e-3)]
+    processes = [subprocess.Popen(cmd, cwd=tmp_path, stdout=subprocess.DEVNULL) for cmd in commands]
+    assert [process.wait(180) for process in processes] == [0, 0, 0]
+    assert sorted(load(run_dir)["args"]["learning_rate"] for run_dir in tmp_path.glob("runs/*")) == [1e-3, 2e-3, 3e-3]
 
 
 # --------------------------------------------------------------------------------------------------------------------- signals
