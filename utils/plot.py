@@ -14,6 +14,7 @@ shade lies between the lowest and the highest of them. A point is the mean score
 import csv
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,6 +38,7 @@ class Args:
     csv: str | None = None  # file for the smoothed curve of each run
 
 
+@cache  # benchmark.py asks for the same run again and again, after its end
 def read_tags(run_dir):
     """{tag: points} of a run; what was logged twice around a crash is there once."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
