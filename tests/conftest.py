@@ -35,7 +35,8 @@ def command(script, *args):
 def run(cmd, cwd, timeout=180, **kwargs):
     """Run a command to its end in `cwd`, as a user would, with nothing of this repository on the path."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(list(map(str, cmd)), cwd=cwd, timeout=timeout, env=env, capture_output=True, text=True, **kwargs)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
+    return subprocess.run(list(map(str, cmd)), cwd=cwd, timeout=timeout, env=env, **options)
 
 
 def only_run(folder):

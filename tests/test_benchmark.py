@@ -12,6 +12,7 @@ from conftest import ROOT, run, scalars
 from test_runs import descendants, load, parents, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
+sys.path.insert(0, str(ROOT / "utils"))
 BENCHMARK = [sys.executable, str(ROOT / "utils" / "benchmark.py")]
 PLAN = """# one that works and one that fails
 paac_atari.py --env-id BreakoutNoFrameskip-v4 --log-interval 500 --total-timesteps 10400
@@ -85,7 +86,6 @@ def test_steps_end_each_run_once(tmp_path):
 
 def test_a_run_ends_with_its_last_step_not_its_last_score(tmp_path):
     """Where all games are long, the last of them end long before the run does."""
-    sys.path.insert(0, str(ROOT / "utils"))
     import benchmark
 
     with SummaryWriter(tmp_path / "run") as writer:

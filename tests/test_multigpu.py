@@ -16,27 +16,11 @@ import paac_atari_multigpu
 FLAGS = [*small(paac_atari)[:2], *small(paac_atari)[4:]]  # 4 games; workers: one per core and rank
 
 
-def torchrun(ranks, *args):
+def torchrun(ranks, *args, script=ROOT / "paac_atari_multigpu.py"):
     """The command line of torchrun; the first arguments are its own, the others come after "--"."""
     own, flags = args[: args.index("--")], args[args.index("--") + 1 :]
-    script = ROOT / "paac_atari_multigpu.py"
-    return list(
-        map(
-            str,
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                ranks,
-                *own,
-                script,
-                *FLAGS,
-                *flags,
-            ],
-        )
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return list(map(str, [*launcher, ranks, *own, script, *FLAGS, *flags]))
 
 
 def the_run(folder, name):
@@ -132,7 +116,7 @@ def test_killed_rank_restarts_the_job_from_the_checkpoint(start, tmp_path):
 
 def test_ranks_with_different_checkpoints_do_not_start(tmp_path):
     """Two machines whose runs/ are not the same folder: one finds the checkpoint to resume, the other starts anew."""
-    flags = [*FLAGS, "--num-workers", "1", "--resume", "auto", "--total-timesteps", "40"]
+    flags = ["--num-workers", "1", "--resume", "auto", "--total-timesteps", "40"]
     main = tmp_path / "main.py"
     main.write_text(f"""
 import os, sys
@@ -141,11 +125,10 @@ os.makedirs(os.environ["RANK"], exist_ok=True)
 os.chdir(os.environ["RANK"])
 import paac_atari_multigpu as script
 if __name__ == "__main__":
-    script.train(script.parse_args({flags!r}))
+    script.train(script.parse_args())
 """)
-    cmd = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    assert run([*cmd, "1", main], tmp_path).returncode == 0
-    result = run([*cmd, "2", main], tmp_path)
+    assert run(torchrun(1, "--", *flags, script=main), tmp_path).returncode == 0
+    result = run(torchrun(2, "--", *flags, script=main), tmp_path)
     assert result.returncode != 0 and "the ranks start at different steps, [40, 0]" in result.stderr, result.stderr
 
 
