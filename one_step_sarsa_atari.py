@@ -14,7 +14,6 @@ Many games on a few worker processes step together; one network acts for all of 
 
 import atexit
 import copy
-import difflib
 import io
 import json
 import multiprocessing.forkserver
@@ -26,6 +25,7 @@ import time
 from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -85,8 +85,8 @@ class Args:  # the comments are the texts of --help
 
 class AtariEnv(gym.Env):
     """One Atari game as the DQN papers show it: observations are uint8 (4, 84, 84), newest frame last; rewards are raw points.
-    Equals gymnasium's AtariPreprocessing bit for bit, but fetches only the frames that are used. The game must be reset when it
-    is `game_over`, not when it is `terminated`: with terminal_on_life_loss, a lost life is that, too, and the game goes on."""
+    Equals gymnasium's AtariPreprocessing bit for bit, but fetches only the frames that are used and resizes only what changed.
+    To be reset when `game_over`, not when `terminated`: with terminal_on_life_loss, a lost life is that, and the game goes on."""
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 60}
 
@@ -95,8 +95,8 @@ class AtariEnv(gym.Env):
         self.ale, self.render, self.render_mode = self.atari.ale, self.atari.render, render_mode
         self.action_set = self.ale.getMinimalActionSet()
         self.frame_skip, self.terminal_on_life_loss = frame_skip, terminal_on_life_loss
-        self.frames = np.zeros((2, *self.ale.getScreenDims()), np.uint8)  # screens are 210 to 250 lines high
-        self.stack = np.zeros((4, 84, 84), np.uint8)
+        self.frames, self.stack = np.zeros((3, *self.ale.getScreenDims()), np.uint8), np.zeros((4, 84, 84), np.uint8)
+        self.strip = (5, 2) if self.frames.shape[1] == 210 else (self.frames.shape[1], 84)  # 5 of 210 lines make exactly 2 rows
         self.observation_space = gym.spaces.Box(0, 255, self.stack.shape, np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.action_set))
 
@@ -108,7 +108,8 @@ class AtariEnv(gym.Env):
         self.lives, self.game_over, self.episode_return, self.episode_length = self.ale.lives(), False, 0.0, 0
         self.ale.getScreenGrayscale(self.frames[0])
         self.frames[1].fill(0)
-        self.stack[:] = self.observe()
+        self.observe()
+        self.stack[:3] = self.stack[3]
         return self.stack.copy(), {}
 
     def step(self, action):
@@ -123,15 +124,18 @@ class AtariEnv(gym.Env):
                 break  # the observation shows the frames of the step before
             if t >= self.frame_skip - 2:
                 self.ale.getScreenGrayscale(self.frames[self.frame_skip - 1 - t])
-        self.episode_return += reward
-        self.episode_length += 1
+        self.episode_return, self.episode_length = self.episode_return + reward, self.episode_length + 1
         self.stack[:3] = self.stack[1:]
-        self.stack[3] = self.observe()
+        self.observe()
         return self.stack.copy(), reward, terminated, truncated, {}
 
     def observe(self):
         np.maximum(self.frames[0], self.frames[1], out=self.frames[0])  # many sprites show in every other frame only
-        return cv2.resize(self.frames[0], (84, 84), interpolation=cv2.INTER_AREA)
+        changed = np.flatnonzero((self.frames[0] != self.frames[2]).reshape(-1, 160 * self.strip[0]).any(1))
+        if changed.size:  # frames[2] is what stack[3] shows
+            lines, rows = (slice(n * changed[0], n * (changed[-1] + 1)) for n in self.strip)
+            self.stack[3, rows] = cv2.resize(self.frames[0, lines], (84, rows.stop - rows.start), interpolation=cv2.INTER_AREA)
+            self.frames[2, lines] = self.frames[0, lines]
 
     def get_state(self):
         """All that the future depends on, in plain types."""
@@ -179,8 +183,7 @@ class AtariWorker(gym.Env):
         return self.obs
 
     def step(self, actions):
-        rewards = np.zeros(self.num_games)
-        terminations, truncations = np.zeros((2, self.num_games), bool)
+        rewards, (terminations, truncations) = np.zeros(self.num_games), np.zeros((2, self.num_games), bool)
         for i, env in enumerate(self.envs):
             self.obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
         info = {"last_obs": self.obs.copy()} if truncations.any() else {}  # "final_obs" would become an array of objects
@@ -360,16 +363,14 @@ def parse_args(argv=None):
         args.num_workers = max(n for n in range(1, cores + 1) if args.num_envs % n == 0)
     if args.num_workers and args.num_envs % args.num_workers:
         fail(f"--num-envs {args.num_envs} is not a multiple of --num-workers {args.num_workers}")
-    games = [game for game, spec in gym.registry.items() if spec.entry_point == "ale_py.env:AtariEnv"]
-    if args.env_id not in games:
-        close = difflib.get_close_matches(args.env_id, [game for game in games if game.endswith(("NoFrameskip-v4", "v5"))], 3, 0)
-        fail(f"--env-id {args.env_id} is no Atari game; closest: {', '.join(close)}")
+    if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
+        games = [game for game in gym.registry if game.startswith("ALE/") or game.endswith("NoFrameskip-v4")]
+        fail(f"--env-id {args.env_id} is no Atari game; closest: {', '.join(get_close_matches(args.env_id, games, 3, 0))}")
     return args
 
 
 def train(args, env_class=AtariEnv):
-    # TensorBoard's thread dies on a full disk; the warning below says it shorter
-    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)
+    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)  # full disk
     stop_signals = []
     for signum in STOP_SIGNALS:  # the first one is noted, a second one ends the process at once
         signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))
@@ -392,7 +393,6 @@ def train(args, env_class=AtariEnv):
         optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # not the checkpoint's, if another was asked for
         torch.set_rng_state(checkpoint["rng"][0])
         torch.cuda.set_rng_state_all(checkpoint["rng"][1 : 1 + torch.cuda.device_count()])
-
     run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}")
     if args.track:
         import wandb
