@@ -97,8 +97,9 @@ class AtariEnv(gym.Env):
         self.ale, self.render, self.render_mode = self.atari.ale, self.atari.render, render_mode
         self.action_set = self.ale.getMinimalActionSet()
         self.frame_skip, self.terminal_on_life_loss = frame_skip, terminal_on_life_loss
-        self.frames, self.stack = np.zeros((3, *self.ale.getScreenDims()), np.uint8), np.zeros((4, 84, 84), np.uint8)
-        self.strip = (5, 2) if self.frames.shape[1] == 210 else (self.frames.shape[1], 84)  # 5 of 210 lines make exactly 2 rows
+        self.shown = np.zeros(self.ale.getScreenDims(), np.uint8)  # the screen that became stack[3]
+        self.strip = (5, 2) if len(self.shown) == 210 else (len(self.shown), 84)  # 5 lines of 210 make 2 rows of 84, exactly
+        self.stack = np.zeros((4, 84, 84), np.uint8)
         self.observation_space = gym.spaces.Box(0, 255, self.stack.shape, np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.action_set))
 
@@ -108,14 +109,12 @@ class AtariEnv(gym.Env):
         for _ in range(self.atari.np_random.integers(1, 31)):  # no-ops
             self.ale.act(self.action_set[0])
         self.lives, self.game_over, self.episode_return, self.episode_length = self.ale.lives(), False, 0.0, 0
-        self.ale.getScreenGrayscale(self.frames[0])
-        self.frames[1].fill(0)
-        self.observe()
+        self.observe([self.ale.getScreenGrayscale()])
         self.stack[:3] = self.stack[3]
         return self.stack.copy(), {}
 
     def step(self, action):
-        reward = 0.0
+        reward, screens = 0.0, []
         for t in range(self.frame_skip):
             reward += self.ale.act(self.action_set[action])
             terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
@@ -123,26 +122,27 @@ class AtariEnv(gym.Env):
             lives, self.lives = self.lives, self.ale.lives()
             terminated = terminated or (self.terminal_on_life_loss and self.lives < lives)
             if terminated or truncated:
-                break  # the observation shows the frames of the step before
+                screens.append(self.shown)  # as the step before
+                break
             if t >= self.frame_skip - 2:
-                self.ale.getScreenGrayscale(self.frames[self.frame_skip - 1 - t])
+                screens.append(self.ale.getScreenGrayscale())
         self.episode_return, self.episode_length = self.episode_return + reward, self.episode_length + 1
         self.stack[:3] = self.stack[1:]
-        self.observe()
+        self.observe(screens)
         return self.stack.copy(), reward, terminated, truncated, {}
 
-    def observe(self):
-        np.maximum(self.frames[0], self.frames[1], out=self.frames[0])  # many sprites show in every other frame only
-        changed = np.flatnonzero((self.frames[0] != self.frames[2]).reshape(-1, 160 * self.strip[0]).any(1))
-        if changed.size:  # frames[2] is what stack[3] shows
+    def observe(self, screens):
+        newest = np.maximum(screens[0], screens[-1])  # many sprites show in every other frame only
+        changed = np.flatnonzero((newest != self.shown).reshape(-1, 160 * self.strip[0]).any(1))
+        if changed.size:
             lines, rows = (slice(n * changed[0], n * (changed[-1] + 1)) for n in self.strip)
-            self.stack[3, rows] = cv2.resize(self.frames[0, lines], (84, rows.stop - rows.start), interpolation=cv2.INTER_AREA)
-            self.frames[2, lines] = self.frames[0, lines]
+            self.stack[3, rows] = cv2.resize(newest[lines], (84, rows.stop - rows.start), interpolation=cv2.INTER_AREA)
+        self.shown = newest
 
     def get_state(self):
         """All that the future depends on, in plain types."""
         state = {name: getattr(self, name) for name in ("lives", "game_over", "episode_return", "episode_length")}
-        state |= {"frames": self.frames.tobytes(), "stack": self.stack.tobytes()}
+        state |= {"shown": self.shown.tobytes(), "stack": self.stack.tobytes()}
         state["np_random"] = json.dumps(self.atari.np_random.bit_generator.state)
         state["ale"] = self.ale.cloneState(include_rng=True).serialize()
         self.set_state(state)  # see below
@@ -150,7 +150,7 @@ class AtariEnv(gym.Env):
 
     def set_state(self, state):
         vars(self).update({name: state[name] for name in ("lives", "game_over", "episode_return", "episode_length")})
-        self.frames.flat, self.stack.flat = np.frombuffer(state["frames"], np.uint8), np.frombuffer(state["stack"], np.uint8)
+        self.shown.flat, self.stack.flat = np.frombuffer(state["shown"], np.uint8), np.frombuffer(state["stack"], np.uint8)
         self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
         for noops in (30, 0):  # the ALE state lacks the last sticky action and part of the video chip; no-ops make them the same
             self.ale.restoreState(ale_py.ALEState(state["ale"]))  # in the game that is restored and in the one that goes on
