@@ -16,11 +16,6 @@ SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def pytest_xdist_auto_num_workers():
-    """Half as many again as cores: a third of the time, a test waits for the processes that it has started."""
-    return os.cpu_count() * 3 // 2
-
-
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script as a module."""
