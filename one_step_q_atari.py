@@ -19,6 +19,7 @@ import json
 import multiprocessing.forkserver
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -183,10 +184,10 @@ class AtariWorker(gym.Env):
         return self.obs
 
     def step(self, actions):
-        rewards, (terminations, truncations) = np.zeros(self.num_games), np.zeros((2, self.num_games), bool)
+        rewards, terminations, truncations = ([None] * self.num_games for _ in range(3))  # pipes are slow for arrays
         for i, env in enumerate(self.envs):
             self.obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
-        info = {"last_obs": self.obs.copy()} if truncations.any() else {}  # "final_obs" would become an array of objects
+        info = {"last_obs": self.obs.copy()} if any(truncations) else {}  # "final_obs" would become an array of objects
         for i, env in enumerate(self.envs):
             if env.game_over:
                 self.episodes.append((env.episode_return, env.episode_length))
@@ -205,11 +206,12 @@ class LocalEnvs(AtariWorker):
     processes, closed = (), False
     single_action_space = property(lambda self: self.action_space)
 
-    def step_async(self, actions):
-        self.step_wait = lambda timeout: self.step(actions)
+    def step(self, actions):
+        obs, *outcome, info = super().step(actions)
+        return obs, *map(np.array, outcome), info
 
-    def call_async(self, name, *args):
-        self.call_wait = lambda timeout: [getattr(self, name)(*args)]
+    def call(self, name, *args):
+        return [getattr(self, name)(*args)]
 
 
 def make_envs(args, env_class=AtariEnv, first_game=0):
@@ -226,6 +228,9 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
         start_server()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     envs = gym.vector.AsyncVectorEnv(workers, copy=False, context="forkserver", autoreset_mode="Disabled")
+    for pipe in envs.parent_pipes:  # no answer within this time (as a struct timeval) raises an OSError; polling would cost more
+        with socket.socket(fileno=os.dup(pipe.fileno())) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, np.array(divmod(int(args.step_timeout * 1e6), 10**6)).tobytes())
     with suppress(AttributeError, OSError):  # Linux alone has these, and some sandboxes forbid them
         cores = sorted(os.sched_getaffinity(0))
         for i, process in enumerate(envs.processes):  # as many workers as cores: each stays on its own
@@ -415,16 +420,14 @@ def train(args, env_class=AtariEnv):
         try:
             if obs is None:  # at the start, and after a lost worker
                 envs = make_envs(args, env_class) if envs.closed else envs
-                envs.call_async("start", args.seed + (global_step << 32), games)
-                obs = np.stack(envs.call_wait(args.step_timeout + args.num_envs))  # a game may take a second to start
+                obs = np.stack(envs.call("start", args.seed + (global_step << 32), games))
             for step in range(args.num_steps):
                 q_values = agent(torch.as_tensor(obs, device=device))
                 actions = epsilon_greedy(q_values, epsilons)
                 choices.append((q_values, actions))
-                cpu_actions = actions.cpu().numpy().reshape(envs.action_space.shape)
+                cpu_actions = actions.reshape(envs.action_space.shape).tolist()
                 clock("act")
-                envs.step_async(cpu_actions)
-                obs, *outcome, info = envs.step_wait(args.step_timeout)  # overwrites what `obs` was
+                obs, *outcome, info = envs.step(cpu_actions)  # overwrites what `obs` was
                 outcomes.append(outcome)
                 clock("env")
                 next_values.append(target(torch.as_tensor(obs, device=device)).amax(-1))
@@ -435,9 +438,8 @@ def train(args, env_class=AtariEnv):
             checkpoint_due = is_last or next_step % args.checkpoint_interval < batch_size
             log_due = checkpoint_due or next_step % args.log_interval < batch_size
             if log_due:
-                envs.call_async("report", checkpoint_due)
-                episodes, games = (sum(parts, []) for parts in zip(*envs.call_wait(args.step_timeout)))
-        except (EOFError, OSError, multiprocessing.TimeoutError):  # of a dead or a stuck worker
+                episodes, games = (sum(parts, []) for parts in zip(*envs.call("report", checkpoint_due)))
+        except (EOFError, OSError):  # of a dead or a stuck worker
             cause, failures, is_last, obs, games = close_envs(envs) or "a worker died at start", failures + 1, False, None, None
             print(f"\n{cause}; all games start anew, this rollout is dropped", file=sys.stderr)
             if failures == 3:

@@ -94,12 +94,10 @@ def test_time_limits_come_with_the_last_observations(num_workers, monkeypatch):
     """One array of all games, in which those that a time limit cut short show what they showed before they restarted."""
     monkeypatch.setattr(Scripted, "created", 0)
     envs = paac_atari.make_envs(paac_atari.parse_args([*small(paac_atari), "--num-workers", str(num_workers)]), Scripted)
-    envs.call_async("start", 1, None)
-    envs.call_wait(60)
+    envs.call("start", 1, None)
     games, times = scripted_steps(2 if num_workers else 4), max(1, num_workers)  # each worker counts its games from 0
     for _, last_shown, over, cut, next_shown in islice(games, 20):
-        envs.step_async(np.zeros(envs.action_space.shape, int))
-        obs, _, terminations, truncations, info = envs.step_wait(60)
+        obs, _, terminations, truncations, info = envs.step(np.zeros(envs.action_space.shape, int))
         np.testing.assert_array_equal(terminations.flat, np.tile(over, times))
         np.testing.assert_array_equal(truncations.flat, np.tile(cut, times))
         np.testing.assert_array_equal(obs.reshape(4, -1)[:, 0], np.tile(next_shown, times))
@@ -148,8 +146,7 @@ def test_workers_play_the_same_as_single_games(num_workers):
     """Each game gets its own action once per step, restarts by itself, and shows up in its own place."""
     args = paac_atari.parse_args([*small(paac_atari), "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
     envs = paac_atari.make_envs(args)
-    envs.call_async("start", 7, None)
-    obs = np.stack(envs.call_wait(60))
+    obs = np.stack(envs.call("start", 7, None))
     singles = [paac_atari.AtariEnv(args.env_id, 4, True) for _ in range(4)]
     for game, env in enumerate(singles):
         seed = int(np.random.SeedSequence([7, game]).generate_state(1, np.uint64)[0])
@@ -157,8 +154,7 @@ def test_workers_play_the_same_as_single_games(num_workers):
     generator, scores = np.random.default_rng(0), []
     for _ in range(400):
         actions = generator.integers(4, size=4)
-        envs.step_async(actions.reshape(envs.action_space.shape))
-        obs, rewards, terminations, truncations, info = envs.step_wait(60)
+        obs, rewards, terminations, truncations, info = envs.step(actions.reshape(envs.action_space.shape))
         assert info == {}
         for game, env in enumerate(singles):
             single_obs, reward, terminated, truncated, _ = env.step(actions[game])
@@ -167,8 +163,7 @@ def test_workers_play_the_same_as_single_games(num_workers):
                 scores.append((env.episode_return, env.episode_length))
                 single_obs, _ = env.reset()
             np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], single_obs)
-    envs.call_async("report", False)
-    episodes = [episode for report in envs.call_wait(60) for episode in report[0]]
+    episodes = [episode for report in envs.call("report", False) for episode in report[0]]
     paac_atari.close_envs(envs)
     assert len(scores) >= 4
     assert sorted(episodes) == sorted(scores)

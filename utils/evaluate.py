@@ -89,15 +89,13 @@ def make_act(script, network, greedy, epsilon):
     return act
 
 
-def play(envs, act, seed, num_envs, games_per_slot, timeout):
+def play(envs, act, seed, num_envs, games_per_slot):
     """Scores and lengths (agent steps) of the first `games_per_slot` games of each of the `num_envs` slots."""
     episodes = [[] for _ in range(num_envs)]
     scores, lengths = np.zeros(num_envs), np.zeros(num_envs, int)
-    envs.call_async("start", seed, None)
-    obs = np.stack(envs.call_wait(timeout + num_envs))
+    obs = np.stack(envs.call("start", seed, None))
     while min(map(len, episodes)) < games_per_slot:
-        envs.step_async(act(obs).reshape(envs.action_space.shape))
-        obs, rewards, terminations, truncations, _ = envs.step_wait(timeout)
+        obs, rewards, terminations, truncations, _ = envs.step(act(obs).reshape(envs.action_space.shape).tolist())
         scores += rewards.flat
         lengths += 1
         for slot in np.flatnonzero(terminations | truncations):
@@ -148,7 +146,7 @@ def evaluate(args):
     sizes = {"num_envs": args.num_envs, "num_workers": args.num_workers}
     games = {"env_id": run_args.env_id, "frame_skip": run_args.frame_skip, "terminal_on_life_loss": False}
     envs = paac_atari.make_envs(paac_atari.Args(**games, **sizes), script.AtariEnv)
-    scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot, run_args.step_timeout)
+    scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot)
     paac_atari.close_envs(envs)
     result = {
         "checkpoint": str(args.checkpoint),

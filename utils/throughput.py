@@ -104,14 +104,10 @@ def game_pipelines(args):
     ours.call("start", 0, None)
     stock = gym.vector.AsyncVectorEnv([lambda: stock_env(args.env_id)] * n, context="forkserver")
     stock.reset(seed=0)
-    num_actions = ours.single_action_space.nvec[0]
+    num_actions, shape = ours.single_action_space.nvec[0], ours.action_space.shape
     game = gym.spec(args.env_id).kwargs["game"]
     cpp = ale_py.AtariVectorEnv(game, num_envs=n, num_threads=workers, reward_clipping=False)
     cpp.reset(seed=0)
-
-    def step_ours():
-        ours.step_async(generator.integers(num_actions, size=ours.action_space.shape))
-        ours.step_wait(60)
 
     def emulator():
         context = multiprocessing.get_context("forkserver")
@@ -132,7 +128,7 @@ def game_pipelines(args):
 
     measure = {
         f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(generator.integers(num_actions, size=n)),
-        f"ours: {workers} workers": step_ours,
+        f"ours: {workers} workers": lambda: ours.step(generator.integers(num_actions, size=shape).tolist()),
         f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(generator.integers(num_actions, size=n)),
     }
     pipelines = {name: lambda step=step: steps_per_second(step, n, args.seconds) for name, step in measure.items()}
