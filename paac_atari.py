@@ -87,12 +87,10 @@ class AtariEnv(gym.Env):
     Equals gymnasium's AtariPreprocessing bit for bit, but fetches only the frames that are used and resizes only what changed.
     To be reset when `game_over`, not when `terminated`: with terminal_on_life_loss, a lost life is that, and the game goes on."""
 
-    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 60}
-
     def __init__(self, env_id, frame_skip=4, terminal_on_life_loss=False, render_mode=None):
         self.atari = gym.make(env_id, render_mode=render_mode, disable_env_checker=True).unwrapped
         self.ale, self.render, self.render_mode = self.atari.ale, self.atari.render, render_mode
-        self.action_set = self.ale.getMinimalActionSet()
+        self.action_set, self.metadata = self.ale.getMinimalActionSet(), self.atari.metadata
         self.frame_skip, self.terminal_on_life_loss = frame_skip, terminal_on_life_loss
         self.shown = np.zeros(self.ale.getScreenDims(), np.uint8)  # the screen that became stack[3]
         self.strip = (5, 2) if len(self.shown) == 210 else (len(self.shown), 84)  # 5 lines of 210 make 2 rows of 84, exactly
@@ -108,7 +106,7 @@ class AtariEnv(gym.Env):
         self.lives, self.game_over, self.episode_return, self.episode_length = self.ale.lives(), False, 0.0, 0
         self.observe([self.ale.getScreenGrayscale()])
         self.stack[:3] = self.stack[3]
-        return self.stack.copy(), {}
+        return self.stack, {}
 
     def step(self, action):
         reward, screens = 0.0, []
@@ -119,20 +117,20 @@ class AtariEnv(gym.Env):
             lives, self.lives = self.lives, self.ale.lives()
             terminated = terminated or (self.terminal_on_life_loss and self.lives < lives)
             if terminated or truncated:
-                screens.append(self.shown)  # as the step before
+                screens.append(self.shown.copy())  # as the step before
                 break
             if t >= self.frame_skip - 2:
                 screens.append(self.ale.getScreenGrayscale())
         self.episode_return, self.episode_length = self.episode_return + reward, self.episode_length + 1
-        self.stack[:3] = self.stack[1:]
         self.observe(screens)
-        return self.stack.copy(), reward, terminated, truncated, {}
+        return self.stack, reward, terminated, truncated, {}
 
     def observe(self, screens):
-        newest = np.maximum(screens[0], screens[-1])  # many sprites show in every other frame only
-        changed = np.flatnonzero((newest != self.shown).reshape(-1, 160 * self.strip[0]).any(1))
-        if changed.size:
-            lines, rows = (slice(n * changed[0], n * (changed[-1] + 1)) for n in self.strip)
+        self.stack = np.concatenate([self.stack[1:], self.stack[3:]])  # a new array: the caller may keep the old one
+        newest = np.maximum(screens[0], screens[-1], out=screens[0])  # many sprites show in every other frame only
+        _, top, _, height = cv2.boundingRect(np.bitwise_xor(newest, self.shown, out=self.shown))  # of what changed
+        if height:
+            lines, rows = (slice(n * (top // self.strip[0]), -n * (-(top + height) // self.strip[0])) for n in self.strip)
             self.stack[3, rows] = cv2.resize(newest[lines], (84, rows.stop - rows.start), interpolation=cv2.INTER_AREA)
         self.shown = newest
 
