@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from itertools import pairwise
 
 import pytest
 from conftest import ROOT, run
@@ -18,6 +20,17 @@ def test_medians_and_ratios_are_those_of_the_rounds(capsys):
     assert "| 60 | 2.00 | 20 - 80 | fast |" in capsys.readouterr().out
 
 
+def test_pipelines_take_turns():
+    """Both get their seconds in slices of 0.3, and each step counts for all games."""
+    import throughput
+
+    order = []
+    steps = {"slow": lambda: order.append("slow") or time.sleep(0.1), "fast": lambda: order.append("fast") or time.sleep(0.02)}
+    speeds = throughput.alternate(steps, 8, 0.7)
+    assert sum(one != other for one, other in pairwise(order)) >= 3
+    assert 0 < speeds["slow"] <= 80 and 80 < speeds["fast"] <= 400
+
+
 def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):
     import throughput
 
@@ -26,7 +39,7 @@ def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):
     counts, make_envs = [], paac_atari.make_envs
     monkeypatch.setattr(paac_atari, "make_envs", lambda args: counts.append((args.num_workers, args.num_envs)) or make_envs(args))
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
-    pipelines, close = throughput.game_pipelines(throughput.Args(num_envs=4, seconds=0.1))
+    pipelines, _, close = throughput.game_pipelines(throughput.Args(num_envs=4, seconds=0.1))
     close()
     assert counts == [(2, 4)]
     assert "ours: 2 workers" in pipelines and "ale-py AtariVectorEnv (C++), 2 threads" in pipelines

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import signal
 import statistics
 import subprocess
@@ -86,16 +87,21 @@ def emulate(env_id, seconds, barrier, results):
     results.put(steps / seconds)
 
 
-def steps_per_second(step, num_envs, seconds):
-    steps, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        step()
-        steps += num_envs
-    return steps / elapsed
+def alternate(pipelines, num_envs, seconds):
+    """{name: steps/s} over `seconds` of each, in slices of 0.3 s in random order: a slow moment of the machine slows all."""
+    steps, spent = dict.fromkeys(pipelines, 0), dict.fromkeys(pipelines, 0.0)
+    while min(spent.values()) < seconds:
+        for name in random.sample(list(pipelines), len(pipelines)):
+            start = time.perf_counter()
+            while (elapsed := time.perf_counter() - start) < 0.3:
+                pipelines[name]()
+                steps[name] += num_envs
+            spent[name] += elapsed
+    return {name: steps[name] / spent[name] for name in pipelines}
 
 
 def game_pipelines(args):
-    """{name: function that measures it once}, all started, and a function that ends them."""
+    """{name: function that steps all its games}, a function that measures the emulator alone, and one that ends them all."""
     n, generator = args.num_envs, np.random.default_rng(0)
     script = importlib.import_module(args.scripts[0])
     flags = ["--env-id", args.env_id, "--num-envs", str(n), "--no-terminal-on-life-loss"]
@@ -119,20 +125,19 @@ def game_pipelines(args):
         speed = sum(results.get() for _ in processes)
         for process in processes:
             process.join()
-        return speed
+        return {f"the emulator alone, {workers} processes": speed}
 
     def close():
         script.close_envs(ours)
         stock.close()
         cpp.close()
 
-    measure = {
+    pipelines = {
         f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(generator.integers(num_actions, size=n)),
         f"ours: {workers} workers": lambda: ours.step(generator.integers(num_actions, size=shape).tolist()),
         f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(generator.integers(num_actions, size=n)),
     }
-    pipelines = {name: lambda step=step: steps_per_second(step, n, args.seconds) for name, step in measure.items()}
-    return pipelines | {f"the emulator alone, {workers} processes": emulator}, close
+    return pipelines, emulator, close
 
 
 # --------------------------------------------------------------------------------------------------------------------- training
@@ -267,9 +272,10 @@ def main(args):
     report = {"hardware": hardware(), "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"}}
     print(", ".join(f"{k} {v}" for k, v in report["hardware"].items()), flush=True)
     if "games" in args.parts:
-        pipelines, close = game_pipelines(args)
-        speeds = in_turn(pipelines, args.rounds)
+        pipelines, emulator, close = game_pipelines(args)
+        rounds = [alternate(pipelines, args.num_envs, args.seconds) | emulator() for _ in range(args.rounds)]
         close()
+        speeds = {name: [speeds[name] for speeds in rounds] for name in rounds[0]}
         report["games"] = table(f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines)))
     if "training" in args.parts:
         runs = {"A2C of stable-baselines3, nature": lambda: sb3_speed(args)} if args.sb3_python else {}
