@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from itertools import pairwise
 
 import pytest
@@ -20,15 +19,15 @@ def test_medians_and_ratios_are_those_of_the_rounds(capsys):
     assert "| 60 | 2.00 | 20 - 80 | fast |" in capsys.readouterr().out
 
 
-def test_pipelines_take_turns():
-    """Both get their seconds in slices of 0.3, and each step counts for all games."""
+def test_pipelines_take_turns(monkeypatch):
+    """Both get their seconds in slices of 0.3, and each step counts for all games. The clock is the test's: a step's length."""
     import throughput
 
-    order = []
-    steps = {"slow": lambda: order.append("slow") or time.sleep(0.1), "fast": lambda: order.append("fast") or time.sleep(0.02)}
-    speeds = throughput.alternate(steps, 8, 0.7)
+    order, lengths = [], {"slow": 0.1, "fast": 0.02}
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: sum(lengths[name] for name in order))
+    steps = {name: lambda name=name: order.append(name) for name in lengths}
+    assert throughput.alternate(steps, 8, 0.7) == pytest.approx({"slow": 80, "fast": 400})
     assert sum(one != other for one, other in pairwise(order)) >= 3
-    assert 0 < speeds["slow"] <= 80 and 80 < speeds["fast"] <= 400
 
 
 def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):

@@ -143,9 +143,9 @@ def evaluate(args):
     act = make_act(script, network, args.greedy, args.epsilon)
     sampled = f"epsilon-greedy ({args.epsilon:g})" if hasattr(script, "epsilon_greedy") else "sampled"
     games_per_slot = -(-args.episodes // args.num_envs)
-    sizes = {"num_envs": args.num_envs, "num_workers": args.num_workers}
+    workers = {"num_envs": args.num_envs, "num_workers": args.num_workers, "step_timeout": run_args.step_timeout}
     games = {"env_id": run_args.env_id, "frame_skip": run_args.frame_skip, "terminal_on_life_loss": False}
-    envs = paac_atari.make_envs(paac_atari.Args(**games, **sizes), script.AtariEnv)
+    envs = paac_atari.make_envs(paac_atari.Args(**games, **workers), script.AtariEnv)
     scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot)
     paac_atari.close_envs(envs)
     result = {
