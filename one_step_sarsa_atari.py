@@ -160,6 +160,8 @@ class AtariWorker(gym.Env):
     A finished game restarts at once and shows the new game's first observation. Only when a time limit cut a game short,
     info["last_obs"] (k, 4, 84, 84) holds what the games showed before that."""
 
+    processes, closed = (), False  # with `call` and `single_action_space`, what --num-workers 0 needs of an AsyncVectorEnv
+
     def __init__(self, make_env, first_game, num_games, learner_pid):
         if os.getpid() != learner_pid:  # AsyncVectorEnv also builds one worker in the learner
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the learner dies, die too, without a traceback
@@ -167,7 +169,7 @@ class AtariWorker(gym.Env):
         self.make_env, self.first_game, self.num_games = make_env, first_game, num_games
         self.envs, self.episodes = [make_env()], []  # the other games are made by start()
         self.observation_space = gym.vector.utils.batch_space(self.envs[0].observation_space, num_games)
-        self.action_space = gym.vector.utils.batch_space(self.envs[0].action_space, num_games)
+        self.action_space = self.single_action_space = gym.vector.utils.batch_space(self.envs[0].action_space, num_games)
         self.obs = np.zeros(self.observation_space.shape, np.uint8)
 
     def start(self, seed, games):
@@ -192,31 +194,20 @@ class AtariWorker(gym.Env):
                 self.obs[i], _ = env.reset()
         return self.obs, rewards, terminations, truncations, info
 
+    def call(self, name, *args):
+        return [getattr(self, name)(*args)]
+
     def report(self, with_states):
         """(score, length in agent steps) of the games that ended since the last report and, if wanted, the states of all games"""
         episodes, self.episodes = self.episodes, []
         return episodes, [env.get_state() for env in self.envs] if with_states else []
 
 
-class LocalEnvs(AtariWorker):
-    """`--num-workers 0`: the only worker is this process, with the part of AsyncVectorEnv's interface that is used."""
-
-    processes, closed = (), False
-    single_action_space = property(lambda self: self.action_space)
-
-    def step(self, actions):
-        obs, *outcome, info = super().step(actions)
-        return obs, *map(np.array, outcome), info
-
-    def call(self, name, *args):
-        return [getattr(self, name)(*args)]
-
-
 def make_envs(args, env_class=AtariEnv, first_game=0):
     """All workers as one vector environment: arrays (num_workers, games per worker, ...), observations in shared memory."""
     make_env = partial(env_class, args.env_id, args.frame_skip, args.terminal_on_life_loss)
     if args.num_workers == 0:
-        return LocalEnvs(make_env, first_game, args.num_envs, os.getpid())
+        return AtariWorker(make_env, first_game, args.num_envs, os.getpid())
     k = args.num_envs // args.num_workers
     workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
     # Not fork: when workers are replaced, the learner has threads and a GPU, and a forked child may hang. The fork server and,
@@ -386,6 +377,11 @@ def train(args, env_class=AtariEnv):
     final_epsilons = torch.tensor(args.final_epsilons, device=device).repeat(args.num_envs)[: args.num_envs]
     optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else partial(torch.optim.Adam, fused=True)
     optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
+    passes = [agent] * (args.num_steps + 1)  # the passes of a rollout, the first one before its first step
+    if device.type == "cuda":  # each as a CUDA graph, which is one launch instead of one per operation
+        getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)  # a false alarm
+        sample = (torch.zeros(envs.observation_space.shape, dtype=torch.uint8, device=device),)
+        passes = torch.cuda.make_graphed_callables(tuple(map(copy.copy, passes)), (sample,) * len(passes))
     checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": [], "games": None}
     global_step, recent_scores, games = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100), checkpoint["games"]
     next_actions = checkpoint["next_actions"].to(device) if args.resume else None
@@ -419,8 +415,8 @@ def train(args, env_class=AtariEnv):
         try:
             if obs is None:  # at the start, and after a lost worker
                 envs = make_envs(args, env_class) if envs.closed else envs
-                obs = np.stack(envs.call("start", args.seed + (global_step << 32), games))
-            q_values = agent(torch.as_tensor(obs, device=device))
+                obs = np.reshape(envs.call("start", args.seed + (global_step << 32), games), envs.observation_space.shape)
+            q_values = passes[0](torch.as_tensor(obs, device=device))
             if next_actions is None:
                 next_actions = epsilon_greedy(q_values, epsilons)
             for step in range(args.num_steps):
@@ -431,7 +427,7 @@ def train(args, env_class=AtariEnv):
                 obs, *outcome, info = envs.step(cpu_actions)  # overwrites what `obs` was
                 outcomes.append(outcome)
                 clock("env")
-                q_values = agent(torch.as_tensor(obs, device=device))
+                q_values = passes[step + 1](torch.as_tensor(obs, device=device))
                 next_actions = epsilon_greedy(q_values, epsilons)  # the last ones are played after the update
                 next_q_values = target(torch.as_tensor(obs, device=device))
                 next_values.append(next_q_values.gather(-1, next_actions.unsqueeze(-1)).squeeze(-1))

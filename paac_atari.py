@@ -13,6 +13,7 @@ Many games on a few worker processes step together; one network acts for all of 
 """
 
 import atexit
+import copy
 import io
 import json
 import multiprocessing.forkserver
@@ -158,6 +159,8 @@ class AtariWorker(gym.Env):
     A finished game restarts at once and shows the new game's first observation. Only when a time limit cut a game short,
     info["last_obs"] (k, 4, 84, 84) holds what the games showed before that."""
 
+    processes, closed = (), False  # with `call` and `single_action_space`, what --num-workers 0 needs of an AsyncVectorEnv
+
     def __init__(self, make_env, first_game, num_games, learner_pid):
         if os.getpid() != learner_pid:  # AsyncVectorEnv also builds one worker in the learner
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the learner dies, die too, without a traceback
@@ -165,7 +168,7 @@ class AtariWorker(gym.Env):
         self.make_env, self.first_game, self.num_games = make_env, first_game, num_games
         self.envs, self.episodes = [make_env()], []  # the other games are made by start()
         self.observation_space = gym.vector.utils.batch_space(self.envs[0].observation_space, num_games)
-        self.action_space = gym.vector.utils.batch_space(self.envs[0].action_space, num_games)
+        self.action_space = self.single_action_space = gym.vector.utils.batch_space(self.envs[0].action_space, num_games)
         self.obs = np.zeros(self.observation_space.shape, np.uint8)
 
     def start(self, seed, games):
@@ -190,31 +193,20 @@ class AtariWorker(gym.Env):
                 self.obs[i], _ = env.reset()
         return self.obs, rewards, terminations, truncations, info
 
+    def call(self, name, *args):
+        return [getattr(self, name)(*args)]
+
     def report(self, with_states):
         """(score, length in agent steps) of the games that ended since the last report and, if wanted, the states of all games"""
         episodes, self.episodes = self.episodes, []
         return episodes, [env.get_state() for env in self.envs] if with_states else []
 
 
-class LocalEnvs(AtariWorker):
-    """`--num-workers 0`: the only worker is this process, with the part of AsyncVectorEnv's interface that is used."""
-
-    processes, closed = (), False
-    single_action_space = property(lambda self: self.action_space)
-
-    def step(self, actions):
-        obs, *outcome, info = super().step(actions)
-        return obs, *map(np.array, outcome), info
-
-    def call(self, name, *args):
-        return [getattr(self, name)(*args)]
-
-
 def make_envs(args, env_class=AtariEnv, first_game=0):
     """All workers as one vector environment: arrays (num_workers, games per worker, ...), observations in shared memory."""
     make_env = partial(env_class, args.env_id, args.frame_skip, args.terminal_on_life_loss)
     if args.num_workers == 0:
-        return LocalEnvs(make_env, first_game, args.num_envs, os.getpid())
+        return AtariWorker(make_env, first_game, args.num_envs, os.getpid())
     k = args.num_envs // args.num_workers
     workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
     # Not fork: when workers are replaced, the learner has threads and a GPU, and a forked child may hang. The fork server and,
@@ -385,6 +377,11 @@ def train(args, env_class=AtariEnv):
     agent = Agent(envs.single_action_space.nvec[0], args.arch, args.init, args.bf16).to(device)
     optimizer_class = RMSpropTF if args.optimizer == "rmsprop" else partial(torch.optim.Adam, fused=True)
     optimizer = optimizer_class(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
+    passes = [agent] * (args.num_steps + 1)  # the passes of a rollout, the last one for the value after it
+    if device.type == "cuda":  # each as a CUDA graph, which is one launch instead of one per operation
+        getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", bool)(False)  # a false alarm
+        sample = (torch.zeros(envs.observation_space.shape, dtype=torch.uint8, device=device),)
+        passes = torch.cuda.make_graphed_callables(tuple(map(copy.copy, passes)), (sample,) * len(passes))
     checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": [], "games": None}
     global_step, recent_scores, games = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100), checkpoint["games"]
     if args.resume:
@@ -415,9 +412,9 @@ def train(args, env_class=AtariEnv):
         try:
             if obs is None:  # at the start, and after a lost worker
                 envs = make_envs(args, env_class) if envs.closed else envs
-                obs = np.stack(envs.call("start", args.seed + (global_step << 32), games))
+                obs = np.reshape(envs.call("start", args.seed + (global_step << 32), games), envs.observation_space.shape)
             for step in range(args.num_steps):
-                logits, values = agent(torch.as_tensor(obs, device=device))
+                logits, values = passes[step](torch.as_tensor(obs, device=device))
                 actions = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # ~ softmax(logits)
                 choices.append((logits, values, actions))
                 cpu_actions = actions.reshape(envs.action_space.shape).tolist()
@@ -444,7 +441,7 @@ def train(args, env_class=AtariEnv):
         # TARGETS. Everything is (num_steps, num_envs), logits have the actions as third dimension
         logits, values, actions = (torch.stack(x) for x in zip(*choices))
         rewards, terminations, truncations = (torch.as_tensor(np.stack(x), device=device).flatten(1) for x in zip(*outcomes))
-        next_value = agent(torch.as_tensor(obs, device=device))[1].detach()
+        next_value = passes[-1](torch.as_tensor(obs, device=device))[1].detach()
         returns = compute_returns(rewards.float().clamp(-1, 1), terminations, truncations, final_values, next_value, args.gamma)
 
         # LOSS AND STEP

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core runs a test already
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same bits everywhere: a CPU's; with a GPU, see test_cuda.py
 ROOT = Path(__file__).resolve().parent.parent
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 SYNCHRONOUS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]

@@ -100,8 +100,8 @@ def test_time_limits_come_with_the_last_observations(num_workers, monkeypatch):
     games, times = scripted_steps(2 if num_workers else 4), max(1, num_workers)  # each worker counts its games from 0
     for _, last_shown, over, cut, next_shown in islice(games, 20):
         obs, _, terminations, truncations, info = envs.step(np.zeros(envs.action_space.shape, int))
-        np.testing.assert_array_equal(terminations.flat, np.tile(over, times))
-        np.testing.assert_array_equal(truncations.flat, np.tile(cut, times))
+        np.testing.assert_array_equal(np.ravel(terminations), np.tile(over, times))
+        np.testing.assert_array_equal(np.ravel(truncations), np.tile(cut, times))
         np.testing.assert_array_equal(obs.reshape(4, -1)[:, 0], np.tile(next_shown, times))
         assert ("last_obs" in info) == cut.any()
         if cut.any():
@@ -158,9 +158,10 @@ def test_workers_play_the_same_as_single_games(num_workers):
         actions = generator.integers(4, size=4)
         obs, rewards, terminations, truncations, info = envs.step(actions.reshape(envs.action_space.shape))
         assert info == {}
+        outcomes = list(zip(*map(np.ravel, (rewards, terminations, truncations))))
         for game, env in enumerate(singles):
             single_obs, reward, terminated, truncated, _ = env.step(actions[game])
-            assert (reward, terminated, truncated) == (rewards.flat[game], terminations.flat[game], truncations.flat[game])
+            assert (reward, terminated, truncated) == outcomes[game]
             if env.game_over:
                 scores.append((env.episode_return, env.episode_length))
                 single_obs, _ = env.reset()

@@ -96,9 +96,9 @@ def play(envs, act, seed, num_envs, games_per_slot):
     obs = np.stack(envs.call("start", seed, None))
     while min(map(len, episodes)) < games_per_slot:
         obs, rewards, terminations, truncations, _ = envs.step(act(obs).reshape(envs.action_space.shape).tolist())
-        scores += rewards.flat
+        scores += np.ravel(rewards)
         lengths += 1
-        for slot in np.flatnonzero(terminations | truncations):
+        for slot in np.flatnonzero(np.logical_or(terminations, truncations)):
             if len(episodes[slot]) < games_per_slot:
                 episodes[slot].append((scores[slot], lengths[slot]))
             scores[slot] = lengths[slot] = 0

@@ -180,7 +180,7 @@ def train_speed(args, script, num_envs, network):
     """Steps/s of a script, and which part of the time went to the games, to acting and to learning."""
     with tempfile.TemporaryDirectory() as folder:
         cmd = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
-        cmd += ["--log-interval", 1000]
+        cmd += ["--log-interval", 10_000 if torch.cuda.is_available() else 1000]
         if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):  # each game of A3C is a process
             cmd += ["--num-workers", args.num_workers]
         cmd += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
