@@ -17,6 +17,11 @@ SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that no core waits for another at the end."""
+    items.sort(key=lambda item: "learns" not in item.name)
+
+
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     """Each script as a module."""
