@@ -210,7 +210,7 @@ def make_envs(args, env_class=AtariEnv, first_game=0):
     """All workers as one vector environment: arrays (num_workers, games per worker, ...), observations in shared memory."""
     make_env = partial(env_class, args.env_id, args.frame_skip, args.terminal_on_life_loss)
     if args.num_workers == 0:
-        return AtariWorker(make_env, first_game, args.num_envs, os.getpid())
+        return AtariWorker(make_env, first_game, args.num_envs, os.getpid())  # itself: lists, and no first dimension
     k = args.num_envs // args.num_workers
     workers = [partial(AtariWorker, make_env, first_game + i * k, k, os.getpid()) for i in range(args.num_workers)]
     # Not fork: when workers are replaced, the learner has threads and a GPU, and a forked child may hang. The fork server and,
