@@ -1,67 +1,56 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8,<2.14", "gymnasium>=1.2.3,<1.5", "ale-py>=0.11.1,<0.13", "numpy>=2,<3", "tyro>=0.9.2,<2",
-#                 "opencv-python-headless>=4.10,<6", "tensorboard>=2.19,<3", "tqdm>=4.66,<5"]
+# dependencies = ["torch>=2.8,<2.14", "gymnasium>=1.2.3,<1.5", "ale-py>=0.11.1,<0.13",
+#   "numpy>=2,<3", "opencv-python-headless>=4.10,<6", "tyro>=0.9.2,<2", "tensorboard>=2.19,<3",
+#   "tqdm>=4.66,<5"]
 # ///
-"""A3C: asynchronous n-step advantage actor-critic on Atari (Mnih et al. 2016, arXiv 1602.01783).
+"""A3C: asynchronous advantage actor-critic on Atari (Mnih et al. 2016, arXiv 1602.01783).
 
-Each actor-learner is a process with one game and a copy of the network; all change one network in shared memory, without locks.
+num_envs actor-learners are processes with one game each. Each copies the shared network, plays
+num_steps steps with the copy, and takes one gradient step of the *shared* network on
 
-    python a3c_atari.py --env-id BreakoutNoFrameskip-v4              # train; Ctrl-C writes a checkpoint and stops
-    python a3c_atari.py --resume runs/NAME                           # go on with the network; all games start anew
-    python a3c_atari.py --env-id PongNoFrameskip-v4 --num-envs 1     # one actor-learner: nothing is asynchronous
+    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H(pi(.|s_t))]
+          + vf_coef mean[(R_t - V(s_t))^2]
+    R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
+
+where r_t is clipped to [-1, 1], R_{t+1} = 0 if the game or a life ended with step t, and
+R_t - V(s_t) is a constant in the first term,
+while the others do the same: nobody waits for anybody, and there is no lock anywhere (Hogwild).
+
+How to read this file: sections 1 and 2 are the algorithm; start with actor_learner(). train()
+starts the actor-learners, watches them and keeps the log. The plumbing below is PAAC's.
+
+    python a3c_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves a checkpoint and stops
+    python a3c_atari.py --resume runs/NAME            # go on with the network; games start anew
 """
 
-import atexit
-import copy
-import io
-import json
-import multiprocessing.connection
-import multiprocessing.forkserver
+import math
 import os
-import signal
-import sys
-import threading
-import time
-from collections import Counter, deque
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-import ale_py
-import cv2
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn as nn
-import tyro
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-SCRIPT = Path(__file__).stem
-ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
-multiprocessing.set_forkserver_preload(["torch.utils.tensorboard", "gymnasium", "ale_py", "cv2", "tyro"])  # for the actors
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-FIGURES = ("charts/learning_rate", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/grad_norm")
 
 
 @dataclass
 class Args:  # the comments are the texts of --help
-    exp_name: str = SCRIPT  # part of the run folder's name
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
     seed: int = 1  # of the network, the actions and all games
-    track: bool = False  # log to Weights & Biases, too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY say where)
-    resume: str | None = None  # run folder to continue; auto: the newest one of the same arguments, else a new one
+    track: bool = False  # log to Weights & Biases, too (pip install wandb)
+    resume: str | None = None  # run folder to go on with; auto: the newest with these flags
     log_interval: int = 10_000  # agent steps between two points of the curves
     checkpoint_interval: int = 500_000  # agent steps between two checkpoints
 
-    env_id: str = "BreakoutNoFrameskip-v4"  # any ALE game: XNoFrameskip-v4, or ALE/X-v5 (its actions stick: 25 % are repeated)
+    env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/Breakout-v5, which has sticky actions
     frame_skip: int = 4  # emulator frames per agent step (replaces the id's own)
-    terminal_on_life_loss: bool = True  # a lost life ends the return; the game goes on, and scores are those of whole games
+    terminal_on_life_loss: bool = True  # a lost life ends the return, not the game or its score
     num_envs: int = 16  # actor-learners: processes with one game each
-    step_timeout: float = 60.0  # seconds without an update after which an actor-learner counts as lost
+    step_timeout: float = 60.0  # seconds without an update after which an actor-learner is lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
     learning_rate: float = 7e-4  # at the start
@@ -72,112 +61,886 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer_epsilon: float = 1e-5  # of RMSProp, inside the root of the mean square (paper: 0.1)
-    arch: Literal["nips", "nature"] = "nips"  # network of Mnih et al. 2013, or of 2015: 3 times the arithmetic
-    init: Literal["orthogonal", "uniform"] = "orthogonal"  # initial weights; uniform: +-1/sqrt(fan_in), the paper's
+    arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
+    init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
 
 
-class AtariEnv(gym.Env):
-    """One Atari game as the DQN papers show it: observations are uint8 (4, 84, 84), newest frame last; rewards are raw points.
-    Equals gymnasium's AtariPreprocessing bit for bit, but fetches only the frames that are used and resizes only what changed.
-    To be reset when `game_over`, not when `terminated`: with terminal_on_life_loss, a lost life is that, and the game goes on."""
-
-    def __init__(self, env_id, frame_skip=4, terminal_on_life_loss=False, render_mode=None):
-        self.atari = gym.make(env_id, render_mode=render_mode, disable_env_checker=True).unwrapped
-        self.ale, self.render, self.render_mode = self.atari.ale, self.atari.render, render_mode
-        self.action_set, self.metadata = self.ale.getMinimalActionSet(), self.atari.metadata
-        self.frame_skip, self.terminal_on_life_loss = frame_skip, terminal_on_life_loss
-        self.shown = np.zeros(self.ale.getScreenDims(), np.uint8)  # the screen that became stack[3]
-        self.strip = (5, 2) if len(self.shown) == 210 else (len(self.shown), 84)  # 5 lines of 210 make 2 rows of 84, exactly
-        self.stack = np.zeros((4, 84, 84), np.uint8)
-        self.observation_space = gym.spaces.Box(0, 255, self.stack.shape, np.uint8)
-        self.action_space = gym.spaces.Discrete(len(self.action_set))
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.atari.reset(seed=seed)  # also seeds the emulator (sticky actions) and np_random of the next line
-        for _ in range(self.atari.np_random.integers(1, 31)):  # no-ops
-            self.ale.act(self.action_set[0])
-        self.lives, self.game_over, self.episode_return, self.episode_length = self.ale.lives(), False, 0.0, 0
-        self.observe([self.ale.getScreenGrayscale()])
-        self.stack[:3] = self.stack[3]
-        return self.stack, {}
-
-    def step(self, action):
-        reward, screens = 0.0, []
-        for t in range(self.frame_skip):
-            reward += self.ale.act(self.action_set[action])
-            terminated, truncated = self.ale.game_over(with_truncation=False), self.ale.game_truncated()
-            self.game_over = terminated or truncated
-            lives, self.lives = self.lives, self.ale.lives()
-            terminated = terminated or (self.terminal_on_life_loss and self.lives < lives)
-            if terminated or truncated:
-                screens.append(self.shown.copy())  # as the step before
-                break
-            if t >= self.frame_skip - 2:
-                screens.append(self.ale.getScreenGrayscale())
-        self.episode_return, self.episode_length = self.episode_return + reward, self.episode_length + 1
-        self.observe(screens)
-        return self.stack, reward, terminated, truncated, {}
-
-    def observe(self, screens):
-        self.stack = np.concatenate([self.stack[1:], self.stack[3:]])  # a new array: the caller may keep the old one
-        newest = np.maximum(screens[0], screens[-1], out=screens[0])  # many sprites show in every other frame only
-        _, top, _, height = cv2.boundingRect(np.bitwise_xor(newest, self.shown, out=self.shown))  # of what changed
-        if height:
-            lines, rows = (slice(n * (top // self.strip[0]), -n * (-(top + height) // self.strip[0])) for n in self.strip)
-            self.stack[3, rows] = cv2.resize(newest[lines], (84, rows.stop - rows.start), interpolation=cv2.INTER_AREA)
-        self.shown = newest
-
-    def get_state(self):
-        """All that the future depends on, in plain types."""
-        state = {name: getattr(self, name) for name in ("lives", "game_over", "episode_return", "episode_length")}
-        state |= {"shown": self.shown.tobytes(), "stack": self.stack.tobytes()}
-        state["np_random"] = json.dumps(self.atari.np_random.bit_generator.state)
-        state["ale"] = self.ale.cloneState(include_rng=True).serialize()
-        self.set_state(state)  # see below
-        return state
-
-    def set_state(self, state):
-        vars(self).update({name: state[name] for name in ("lives", "game_over", "episode_return", "episode_length")})
-        self.shown.flat, self.stack.flat = np.frombuffer(state["shown"], np.uint8), np.frombuffer(state["stack"], np.uint8)
-        self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
-        for noops in (30, 0):  # the ALE state lacks the last sticky action and part of the video chip; no-ops make them the same
-            self.ale.restoreState(ale_py.ALEState(state["ale"]))  # in the game that is restored and in the one that goes on
-            for _ in range(noops):
-                self.ale.act(self.action_set[0])
+# 1. ALGORITHM ====================================================================================
+# >>> shared: orthogonal
+def init_orthogonal(module, gain):
+    """Orthogonal weights times gain, and zero biases, in all layers of the module."""
+    for layer in module.modules():
+        if hasattr(layer, "weight"):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
 
 
+# <<< shared: orthogonal
+# >>> shared: network
 class Agent(nn.Module):
-    """Policy and value with a common trunk: `nips` (Mnih et al. 2013) or `nature` (Mnih et al. 2015)."""
+    """Policy and value on a common trunk: nips (Mnih et al. 2013) or nature (Mnih et al. 2015)."""
 
     def __init__(self, num_actions, arch="nips", init="orthogonal", bf16=False):
         super().__init__()
         self.bf16 = bf16
         if arch == "nips":
-            convs, features, hidden = [nn.Conv2d(4, 16, 8, 4), nn.ReLU(), nn.Conv2d(16, 32, 4, 2)], 32 * 9 * 9, 256
+            hidden_size = 256
+            self.trunk = nn.Sequential(
+                nn.Conv2d(4, 16, kernel_size=8, stride=4),
+                nn.ReLU(),
+                nn.Conv2d(16, 32, kernel_size=4, stride=2),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(32 * 9 * 9, hidden_size),
+                nn.ReLU(),
+            )
         else:
-            convs = [nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1)]
-            features, hidden = 64 * 7 * 7, 512
-        self.trunk = nn.Sequential(*convs, nn.ReLU(), nn.Flatten(), nn.Linear(features, hidden), nn.ReLU())
-        self.policy, self.value = nn.Linear(hidden, num_actions), nn.Linear(hidden, 1)
-        if init == "orthogonal":  # torch's own is the paper's
-            for layer in [m for m in self.modules() if hasattr(m, "weight")]:
-                nn.init.orthogonal_(layer.weight, {self.policy: 0.01, self.value: 1.0}.get(layer, 2**0.5))
-                nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # on a CPU, a third of the time for the convolutions' gradients
+            hidden_size = 512
+            self.trunk = nn.Sequential(
+                nn.Conv2d(4, 32, kernel_size=8, stride=4),
+                nn.ReLU(),
+                nn.Conv2d(32, 64, kernel_size=4, stride=2),
+                nn.ReLU(),
+                nn.Conv2d(64, 64, kernel_size=3, stride=1),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(64 * 7 * 7, hidden_size),
+                nn.ReLU(),
+            )
+        self.policy = nn.Linear(hidden_size, num_actions)
+        self.value = nn.Linear(hidden_size, 1)
+        if init == "orthogonal":  # torch's own initial weights are the paper's
+            init_orthogonal(self.trunk, gain=math.sqrt(2))
+            init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
+            init_orthogonal(self.value, gain=1.0)
+        # On a CPU, an update with nips takes half the time in this layout.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, obs):
-        """obs: uint8 (..., 4, 84, 84), as the workers return it -> logits (n, num_actions), values (n,)"""
+        """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = self.trunk((obs.flatten(0, -4).float() / 255).contiguous(memory_format=torch.channels_last))
-            return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1)
+            pixels = obs.float() / 255
+            hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
+            logits = self.policy(hidden)
+            values = self.value(hidden).squeeze(-1)
+        return logits.float(), values.float()
 
 
+# <<< shared: network
+# >>> shared: loss
+def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
+    """The loss (its formula is at the top), policy loss, value loss and entropy, all scalars.
+    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
+    logprobs = logits.log_softmax(-1)
+    action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    advantages = (returns - values).detach()  # constants: the policy loss must not move the values
+    policy_loss = -(action_logprobs * advantages).mean()
+    value_loss = (returns - values).square().mean()
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss
+    return loss, policy_loss.detach(), value_loss.detach(), entropy.detach()
+
+
+# <<< shared: loss
+# >>> shared: sample_actions
+def sample_actions(logits):
+    """Draw actions from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous
+    actions, change Agent.policy, this function, logprobs and entropy in compute_loss(), and
+    action_space.n in train(): docs/forking.md has the patch."""
+    # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
+    noise = torch.empty_like(logits).exponential_()
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+# <<< shared: sample_actions
+# >>> shared: returns
+def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
+    """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
+    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    final_values[t], the value of the last observation, where a time limit ended the game;
+    next_value after the last step.
+    next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
+    returns = torch.empty_like(rewards)
+    next_return = next_value.detach()
+    for t in reversed(range(len(rewards))):
+        next_return = torch.where(truncations[t], final_values[t], next_return)
+        next_return = torch.where(terminations[t], 0.0, next_return)
+        next_return = rewards[t] + gamma * next_return
+        returns[t] = next_return
+    return returns
+
+
+# <<< shared: returns
+
+
+# 2. TRAINING =====================================================================================
+class Shared:
+    """What all processes see and change, in shared memory."""
+
+    def __init__(self, agent, optimizer, num_envs):
+        self.agent = agent.share_memory()
+        self.optimizer = optimizer
+        for state in optimizer.state.values():
+            state["square_avg"].share_memory_()
+        self.steps = torch.zeros(num_envs, dtype=torch.int64).share_memory_()  # taken by each
+        self.losses = torch.zeros(num_envs, 5).share_memory_()  # of each one's last update
+        self.stop = torch.zeros(1, dtype=torch.bool).share_memory_()
+
+
+LOSSES = (
+    "charts/learning_rate",
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/grad_norm",
+)
+
+
+def actor_learner(number, start, args, make_env, first_step, shared, connection):
+    """One process. Sends (score, length) of each finished game through the connection, and a text
+    if the loss is not finite. start: how often this actor-learner has been started before;
+    first_step: the global step at the start of the run."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends without a traceback when train() is dead
+    torch.set_num_threads(1)
+    # No two seeds, games or restarts share their random numbers.
+    stream = np.random.SeedSequence([args.seed, number, start, first_step])
+    game_seed, network_seed = stream.generate_state(2)
+    torch.manual_seed(int(network_seed))
+    env = make_env(args)
+    obs, _ = env.reset(seed=int(game_seed))  # (4, 84, 84)
+    score = 0.0
+    length = 0
+    agent = copy.deepcopy(shared.agent)  # this process's own
+    main_process = multiprocessing.parent_process()
+
+    global_step = first_step + int(shared.steps.sum())
+    while global_step < args.total_timesteps and not shared.stop and main_process.is_alive():
+        # LEARNING RATE
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            learning_rate *= 1 - global_step / args.total_timesteps
+        shared.optimizer.param_groups[0]["lr"] = learning_rate
+
+        # ROLLOUT with the shared parameters as they are now
+        agent.load_state_dict(shared.agent.state_dict())
+        observations, actions, rewards, terminations, truncations = [], [], [], [], []
+        final_values = torch.zeros(args.num_steps)
+        with torch.no_grad():
+            for t in range(args.num_steps):
+                logits, _ = agent(torch.as_tensor(obs).unsqueeze(0))
+                action = sample_actions(logits)
+                observations.append(obs)
+                actions.append(action)
+                obs, reward, terminated, truncated, info = env.step(action.item())
+                rewards.append(reward)
+                terminations.append(terminated)
+                truncations.append(truncated)
+                score += reward
+                length += 1
+                if truncated:
+                    # A time limit: the return goes on with the value of what the game showed last.
+                    _, last_value = agent(torch.as_tensor(obs).unsqueeze(0))
+                    final_values[t] = last_value
+                if info.get("game_over", terminated or truncated):
+                    connection.send((float(score), length))
+                    score = 0.0
+                    length = 0
+                    obs, _ = env.reset()
+            _, next_value = agent(torch.as_tensor(obs).unsqueeze(0))  # (1,)
+
+        # TARGETS, all (num_steps,)
+        returns = compute_returns(
+            torch.tensor(rewards, dtype=torch.float32).clamp(-1, 1),
+            torch.tensor(terminations),
+            torch.tensor(truncations),
+            final_values,
+            next_value[0],
+            args.gamma,
+        )
+
+        # LOSS AND STEP: gradients of the copy, at the parameters of the rollout, change the shared
+        # ones. Forward and backward in a batch of 5 take a third of the time of going back through
+        # the rollout's 5 single passes.
+        logits, values = agent(torch.as_tensor(np.stack(observations)))
+        loss, policy_loss, value_loss, entropy = compute_loss(
+            logits, values, torch.cat(actions), returns, args.ent_coef, args.vf_coef
+        )
+        agent.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        losses = torch.stack([policy_loss, value_loss, entropy, grad_norm])
+        if not losses.isfinite().all():
+            connection.send(dict(zip(LOSSES[1:], losses.tolist())))
+            return
+        for shared_p, p in zip(shared.agent.parameters(), agent.parameters()):
+            shared_p.grad = p.grad
+        shared.optimizer.step()
+        shared.losses[number] = torch.tensor([learning_rate, *losses])
+        shared.steps[number] += args.num_steps
+        global_step = first_step + int(shared.steps.sum())
+
+
+def train(args, make_env):
+    """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""
+    stop_signals = catch_stop_signals()
+    torch.manual_seed(args.seed)
+    game = make_env(args)
+    agent = Agent(game.action_space.n, args.arch, args.init)
+    game.close()
+    optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
+
+    checkpoint = load_checkpoint(args.resume)  # {} without --resume
+    first_step = checkpoint.get("global_step", 0)
+    if checkpoint:
+        restore(checkpoint, agent, optimizer, args)
+    run_dir = choose_run_dir(args)
+    say(f"{run_dir}: {args.num_envs} actor-learners")
+    shared = Shared(agent, optimizer, args.num_envs)
+    actors = ActorPool(args, make_env, first_step, shared)
+    global_step = first_step
+    is_last = global_step >= args.total_timesteps
+    if not is_last:
+        actors.start()
+    log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
+    episodes = []  # since the last point
+    while not is_last:
+        episodes += actors.watch(global_step)
+        is_last = global_step >= args.total_timesteps or len(stop_signals) > 0
+        if is_last:
+            actors.stop()
+        last_step = global_step
+        global_step = first_step + int(shared.steps.sum())
+        log.advance(global_step)
+        checkpoint_due = is_last or is_due(args.checkpoint_interval, last_step, global_step)
+        log_due = checkpoint_due or is_due(args.log_interval, last_step, global_step)
+
+        # LOG AND CHECKPOINT
+        if log_due:
+            num_started = max(1, int((shared.steps > 0).sum()))
+            scalars = dict(zip(LOSSES, shared.losses.sum(0) / num_started))
+            log.write(global_step, episodes, scalars)
+            episodes = []
+        if checkpoint_due:
+            checkpoint = {
+                "script": SCRIPT,
+                "args": asdict(replace(args, resume=None)),
+                "global_step": global_step,
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "recent_scores": list(log.recent_scores),
+            }
+            save_checkpoint(run_dir, checkpoint)
+
+    log.close()
+    exit_if_stopped(stop_signals, global_step, run_dir)
+
+
+# =================================================================================================
+# PLUMBING: most of it the same text in all scripts. Skip it when reading. To change what is shared,
+# change it in paac_atari.py and run utils/sync_shared.py.
+# =================================================================================================
+
+import atexit
+import glob
+import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from contextlib import suppress
+
+import tyro
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+
+# 3. Games ----------------------------------------------------------------------------------------
+
+# >>> shared: games
+import difflib
+import json
+
+import ale_py
+import cv2
+
+
+def make_env(args):
+    """One game. It can be any gymnasium environment with a Box of observations; see Worker."""
+    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss)
+
+
+def check_env_id(env_id):
+    if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
+        return
+    games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
+    closest = difflib.get_close_matches(env_id, games, n=3, cutoff=0)
+    fail(f"--env-id {env_id} is no Atari game; closest: {', '.join(closest)}")
+
+
+class AtariEnv(gym.Env):
+    """One Atari game as the DQN papers show it: the four newest frames, uint8 (4, 84, 84), newest
+    last; rewards are raw points.
+
+    Equals gymnasium's AtariPreprocessing and FrameStackObservation bit for bit, but fetches only
+    the screens that are used and resizes only what changed. With terminal_on_life_loss a lost life
+    is `terminated`, but the game goes on: reset it when info["game_over"].
+    """
+
+    def __init__(self, env_id, frame_skip=4, terminal_on_life_loss=False, render_mode=None):
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
+        cv2.setNumThreads(0)  # every core has games of its own
+        self.atari = gym.make(env_id, render_mode=render_mode, disable_env_checker=True).unwrapped
+        self.ale = self.atari.ale
+        self.render = self.atari.render
+        self.render_mode = render_mode
+        self.metadata = self.atari.metadata
+        self.action_set = self.ale.getMinimalActionSet()
+        self.frame_skip = frame_skip
+        self.terminal_on_life_loss = terminal_on_life_loss
+        self.screen = np.zeros(self.ale.getScreenDims(), np.uint8)  # the one that became frames[3]
+        self.frames = np.zeros((4, 84, 84), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
+        self.action_space = gym.spaces.Discrete(len(self.action_set))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.atari.reset(seed=seed)  # seeds the emulator (sticky actions) and atari.np_random
+        for _ in range(self.atari.np_random.integers(1, 31)):  # no-ops: each game starts elsewhere
+            self.ale.act(self.action_set[0])
+        self.lives = self.ale.lives()
+        self.observe([self.ale.getScreenGrayscale()])
+        self.frames[:3] = self.frames[3]
+        return self.frames, {}
+
+    def step(self, action):
+        """action: index into the minimal action set, repeated frame_skip times; rewards add up."""
+        reward = 0.0
+        screens = []
+        for repeat in range(self.frame_skip):
+            reward += self.ale.act(self.action_set[action])
+            terminated = self.ale.game_over(with_truncation=False)
+            truncated = self.ale.game_truncated()  # after 108,000 frames
+            game_over = terminated or truncated
+            lives = self.ale.lives()
+            if self.terminal_on_life_loss and lives < self.lives:
+                terminated = True  # a lost life ends the return; the game goes on
+            self.lives = lives
+            if terminated or truncated:
+                # The repeat ends early, and like gymnasium's wrapper we show the previous screen.
+                screens.append(self.screen)
+                break
+            if repeat >= self.frame_skip - 2:
+                screens.append(self.ale.getScreenGrayscale())
+        self.observe(screens)
+        return self.frames, reward, terminated, truncated, {"game_over": game_over}
+
+    def observe(self, screens):
+        """Append the newest frame. screens: the last one or two of a step, uint8 (height, 160)."""
+        screen = np.maximum(screens[0], screens[-1])  # many sprites show in every other screen only
+        frame = resize_changed_rows(screen, self.screen, self.frames[3])
+        # A new array, because the caller may keep the old one.
+        self.frames = np.concatenate([self.frames[1:], frame[np.newaxis]])
+        self.screen = screen
+
+    def get_state(self):
+        """All that the game's future depends on, in plain types, for set_state(). It also brings
+        this game into the state that a restored one will have."""
+        emulator = self.ale.cloneState(include_rng=True).serialize()
+        self.restore_emulator(emulator)  # because the snapshot is not complete
+        return {
+            "emulator": emulator,
+            "np_random": json.dumps(self.atari.np_random.bit_generator.state),
+            "lives": self.lives,
+            "screen": self.screen.tobytes(),
+            "frames": self.frames.tobytes(),
+        }
+
+    def set_state(self, state):
+        """Go on from where a game's get_state() was called -> obs."""
+        self.restore_emulator(state["emulator"])
+        self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
+        self.lives = state["lives"]
+        self.screen = np.frombuffer(state["screen"], np.uint8).reshape(self.screen.shape)
+        self.frames = np.frombuffer(state["frames"], np.uint8).reshape(self.frames.shape)
+        return self.frames
+
+    def restore_emulator(self, emulator):
+        # A snapshot lacks the last sticky action and part of the video chip's state. 30 no-ops
+        # bring these to the same values in all games, then the snapshot is restored once more.
+        self.ale.restoreState(ale_py.ALEState(emulator))
+        for _ in range(30):
+            self.ale.act(self.action_set[0])
+        self.ale.restoreState(ale_py.ALEState(emulator))
+
+
+def resize_changed_rows(screen, previous_screen, previous_frame):
+    """Resize a screen, uint8 (height, 160), to a frame, uint8 (84, 84).
+
+    210 lines become 84 rows, so 5 lines become exactly 2 rows. Only the strips of 5 lines from the
+    first to the last changed line are resized, the other rows are those of previous_frame, which is
+    previous_screen resized. A game's step would take 9 to 19 % longer with all of it resized.
+    """
+    _, top, _, height = cv2.boundingRect(np.bitwise_xor(screen, previous_screen))
+    if height == 0:
+        return previous_frame
+    if len(screen) != 210:
+        return cv2.resize(screen, (84, 84), interpolation=cv2.INTER_AREA)
+    first = top // 5
+    end = math.ceil((top + height) / 5)
+    frame = previous_frame.copy()
+    frame[2 * first : 2 * end] = cv2.resize(
+        screen[5 * first : 5 * end], (84, 2 * (end - first)), interpolation=cv2.INTER_AREA
+    )
+    return frame
+
+
+# <<< shared: games
+
+# 4. Actor-learners -------------------------------------------------------------------------------
+
+
+class ActorPool:
+    """The processes of the actor-learners: starts them, and starts lost ones anew."""
+
+    def __init__(self, args, make_env, first_step, shared):
+        self.args = args
+        self.make_env = make_env
+        self.first_step = first_step
+        self.shared = shared
+        self.processes = [None] * args.num_envs
+        self.connections = [None] * args.num_envs
+        self.num_starts = [0] * args.num_envs
+        self.num_losses = [0] * args.num_envs  # since the last update
+        self.last_steps = [0] * args.num_envs
+        self.last_times = [0.0] * args.num_envs  # of the last update
+        atexit.register(self.kill)
+
+    def start(self):
+        start_fork_server()
+        for i in range(self.args.num_envs):
+            self.start_one(i)
+
+    def start_one(self, i):
+        self.connections[i], far_end = mp.Pipe(duplex=False)
+        work = (i, self.num_starts[i], self.args, self.make_env, self.first_step, self.shared)
+        # Not fork: a process with threads may hang in a forked child.
+        context = mp.get_context("forkserver")
+        self.processes[i] = context.Process(target=actor_learner, args=(*work, far_end))
+        self.processes[i].start()
+        far_end.close()  # so that the connection ends with the process
+        self.num_starts[i] += 1
+        self.last_times[i] = time.perf_counter() + self.args.num_envs  # a second to start, each
+
+    def watch(self, global_step):
+        """Wait a moment; start lost actor-learners anew -> (score, length) of finished games."""
+        multiprocessing.connection.wait(self.connections, timeout=0.1)
+        episodes = []
+        for i in range(self.args.num_envs):
+            steps = int(self.shared.steps[i])
+            if steps > self.last_steps[i]:
+                self.last_steps[i] = steps
+                self.last_times[i] = time.perf_counter()
+                self.num_losses[i] = 0
+            try:
+                while self.connections[i].poll():
+                    message = self.connections[i].recv()
+                    if isinstance(message, dict):
+                        stop_if_not_finite(message, global_step)
+                    episodes.append(message)
+            except (EOFError, OSError):
+                self.processes[i].join()
+                self.replace(i, f"died: {exit_cause(self.processes[i].exitcode)}")
+                continue
+            if time.perf_counter() > self.last_times[i] + self.args.step_timeout:
+                self.replace(i, "did not answer in time")
+        return episodes
+
+    def replace(self, i, cause):
+        process = self.processes[i]
+        name = f"actor-learner {i} (pid {process.pid})"
+        if process.exitcode == 0:  # it has seen the end of the run
+            return
+        if process.exitcode == 1:
+            sys.exit(f"{name} ended: a game raised the error above")
+        process.kill()
+        self.num_losses[i] += 1
+        if self.num_losses[i] == 3:
+            sys.exit(f"{name} {cause}; three times without an update: giving up")
+        say(f"\n{name} {cause}; its game starts anew", sys.stderr)
+        self.start_one(i)
+
+    def stop(self):
+        """Let all finish the update at hand."""
+        self.shared.stop.fill_(True)
+        for process in self.processes:
+            process.join(self.args.step_timeout)
+        self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            if process is not None:
+                process.kill()
+
+
+# >>> shared: processes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def start_fork_server():
+    """Start the process from which the workers are forked. It and they block the signals that
+    terminals and SLURM send to all processes: the learner decides when the run ends."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the line above unblocks two of them
+    multiprocessing.forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def place_workers(processes):
+    """Give each worker a core of its own if there are as many, and keep workers that wake up from
+    interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
+    if not hasattr(os, "sched_setaffinity"):  # only Linux lets processes choose
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    for i, process in enumerate(processes):
+        with suppress(OSError):  # some sandboxes forbid it
+            if len(processes) == len(cores):
+                os.sched_setaffinity(process.pid, {cores[i]})
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+
+
+def exit_cause(exitcode):
+    if exitcode < 0:
+        return signal.Signals(-exitcode).name
+    return f"exit code {exitcode}"
+
+
+# <<< shared: processes
+
+# 5. Runs -----------------------------------------------------------------------------------------
+
+
+# >>> shared: runs
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch")  # a resumed run keeps them
+
+
+def say(text, stream=None):
+    """Print a line. If nobody can read it any more, because a pipe is broken or a disk is full, the
+    stream leads nowhere from then on, and the run goes on."""
+    stream = stream or sys.stdout
+    if stream is None:  # closed before the start
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def fail(message):
+    say(f"{SCRIPT}.py: {message}", sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    """The command line as Args, on top of the defaults or of the resumed run's flags. What cannot
+    work ends here, with exit code 2 and a line that says what to change."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume == "auto":
+        args.resume = find_newest_run_like(args)
+    if args.resume:
+        args = parse_resumed_args(args.resume, argv)
+    check_numbers(args)
+    choose_num_workers(args)
+    check_env_id(args.env_id)
+    return args
+
+
+def parse_resumed_args(resume, argv):
+    """The run's own flags, replaced by those that are typed with --resume."""
+    try:
+        checkpoint = load_checkpoint(resume)
+    except ValueError as error:
+        fail(error)
+    saved = checkpoint["args"]
+    args = replace(tyro.cli(Args, args=argv, default=saved), resume=resume)
+    for name in FIXED_FLAGS:
+        if getattr(args, name, None) != getattr(saved, name, None):
+            fail(f"{resume}: --{name.replace('_', '-')} cannot change within a run")
+    missing = [part for part in ("optimizer", "env_states") if not checkpoint.get(part)]
+    if missing:
+        say(f"{resume} has no {' and no '.join(missing)}: these start anew")
+    return args
+
+
+def check_numbers(args):
+    """Refuse numbers that are negative, infinite or nan, and integers below 1, except for the seed
+    and the number of workers."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        lowest = 0
+        if isinstance(value, int) and name not in ("seed", "num_workers"):
+            lowest = 1
+        if not lowest <= value < math.inf:  # true for nan, too
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+
+
+def run_name(args):
+    return f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def choose_run_dir(args):
+    """The resumed run's folder, or a new one, whose name microseconds make unique."""
+    if args.resume and Path(args.resume).is_dir():
+        return Path(args.resume)
+    return Path("runs", f"{run_name(args)}__{time.time():.6f}")
+
+
+def find_newest_run_like(args):
+    """The newest folder in runs/ whose run has the same flags, or None."""
+    pattern = f"{glob.escape(run_name(args))}__*/{CHECKPOINT}"
+    for path in sorted(Path("runs").glob(pattern), reverse=True):
+        try:
+            saved = load_checkpoint(path)["args"]
+        except ValueError as error:
+            say(f"{SCRIPT}.py: --resume auto skips {error}", sys.stderr)
+            continue
+        if comparable(saved) == comparable(args):
+            return str(path.parent)
+    return None
+
+
+def comparable(args):
+    flags = asdict(args)
+    flags.pop("resume")
+    flags.pop("num_workers", None)  # any number of workers plays the same games
+    return flags
+
+
+def load_checkpoint(path):
+    """The checkpoint in a run folder or of a file as a dictionary, with an Args as "args"; train()
+    lists the keys. Raises ValueError if it is missing, damaged or another script's."""
+    if path is None:
+        return {}
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"{path}: missing")
+    try:
+        checkpoint = deserialize(path)
+        script = checkpoint["script"]
+        flags = checkpoint["args"]
+        known = {field.name for field in fields(Args)}  # an older version may have had others
+        checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
+    except Exception as error:  # a damaged file raises nearly anything
+        previous = path.with_stem("checkpoint.prev")
+        raise ValueError(f"{path}: damaged. The one before may be in {previous}") from error
+    if script != SCRIPT:
+        raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
+    return checkpoint
+
+
+def save_checkpoint(run_dir, checkpoint):
+    """Replace the run's checkpoint in one step, so that there is a whole one at any time; the one
+    before is kept as checkpoint.prev. If the disk is full, warn and go on."""
+    path = run_dir / CHECKPOINT
+    previous = path.with_stem("checkpoint.prev")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            file.write(serialize(checkpoint))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):  # there is none yet, or the disk has no hard links
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        say(f"\nwarning: no checkpoint written: {error}; training goes on", sys.stderr)
+
+
+def is_due(interval, last_step, step):
+    """Whether a multiple of the interval lies between the two steps."""
+    return step // interval > last_step // interval
+
+
+def stop_if_not_finite(losses, step):
+    if math.isfinite(sum(losses.values())):
+        return
+    parts = ", ".join(f"{tag.removeprefix('losses/')} {loss:g}" for tag, loss in losses.items())
+    advice = "stopped; the last checkpoint stays as it is. A lower --learning-rate may help"
+    sys.exit(f"step {step}: {parts}: {advice}")
+
+
+def catch_stop_signals():
+    """Install handlers and return a list that stays empty until a stop signal comes: then it holds
+    (time, signal), and train() stops after the current update. Repeats within a second are ignored,
+    because uv, timeout and terminals send several; a later one ends the process at once."""
+    received = []
+
+    def on_signal(signum, frame):
+        now = time.monotonic()
+        if not received:
+            received.append((now, signum))
+        elif now > received[0][0] + 1:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    for signum in STOP_SIGNALS:
+        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+            continue  # nohup: the run shall survive its terminal
+        signal.signal(signum, on_signal)
+    return received
+
+
+def exit_if_stopped(stop_signals, global_step, run_dir):
+    if stop_signals:
+        _, signum = stop_signals[0]
+        name = signal.Signals(signum).name
+        say(f"{name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")
+        sys.exit(128 + signum)
+
+
+class Log:
+    """Progress on the terminal, as a bar or as lines, and curves in TensorBoard. If one of them
+    fails, the other and the training go on."""
+
+    def __init__(self, args, run_dir, global_step, recent_scores, has_bar=True):
+        self.args = args
+        self.run_dir = run_dir
+        self.last_step = global_step  # of the last point
+        self.last_point = time.perf_counter()
+        self.last_booking = self.last_point
+        self.seconds = Counter()  # since the last point, by what they were spent on
+        self.recent_scores = deque(recent_scores, maxlen=100)
+        self.writer = None  # opened with the first point: an unwritable folder is a warning then
+        has_bar = has_bar and sys.stderr is not None and sys.stderr.isatty()
+        steps = {"total": args.total_timesteps, "initial": global_step, "unit": " steps"}
+        self.bar = tqdm(**steps, disable=not has_bar)
+        threading.excepthook = ignore_full_disk
+        if args.track:
+            import wandb
+
+            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
+
+    def book_time(self, part):
+        """Book the time since the last call under `part`."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last_booking
+        self.last_booking = now
+
+    def advance(self, global_step):
+        with suppress(OSError):  # the terminal may be gone
+            self.bar.update(global_step - self.bar.n)
+
+    def write(self, global_step, episodes, scalars):
+        """A point of all curves. episodes: (score, length) of the games that ended since the last
+        point; scalars: {tag: number or tensor}."""
+        now = time.perf_counter()
+        seconds = now - self.last_point
+        scalars = {"charts/SPS": (global_step - self.last_step) / seconds, **scalars}
+        for part in self.seconds:
+            scalars[f"time/{part}"] = self.seconds[part] / seconds
+        if episodes:
+            scores, lengths = zip(*episodes)
+            self.recent_scores.extend(scores)
+            scalars["charts/episodic_return"] = np.mean(scores)
+            scalars["charts/episodic_length"] = np.mean(lengths)
+        self.show(global_step, scalars["charts/SPS"])
+        try:
+            if self.writer is None:
+                self.writer = self.open_writer()
+            for tag, scalar in scalars.items():
+                self.writer.add_scalar(tag, scalar, global_step)
+            self.writer.flush()  # so that TensorBoard is never behind a checkpoint
+        except OSError as error:
+            say(f"\nwarning: no points in {self.run_dir}: {error}; training goes on", sys.stderr)
+            self.writer = None  # its thread has ended; the next point tries with a new one
+        self.last_step = global_step
+        self.last_point = now
+        self.seconds.clear()
+
+    def show(self, global_step, speed):
+        score = "no game over yet"
+        if self.recent_scores:
+            score = f"score {np.mean(self.recent_scores):.1f}"
+        self.bar.set_postfix_str(score, refresh=False)
+        if self.bar.disable:
+            total = self.args.total_timesteps
+            say(f"step {global_step:,} of {total:,}  {speed:,.0f} steps/s  {score}")
+
+    def open_writer(self):
+        # After a crash, TensorBoard is ahead of the checkpoint: those points will come again.
+        writer = SummaryWriter(self.run_dir, purge_step=self.last_step + 1)
+        rows = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        return writer
+
+    def close(self):
+        self.bar.close()
+
+
+def ignore_full_disk(died):
+    """For threading.excepthook. TensorBoard writes from a thread of its own; when an OSError ends
+    it, Log.write() says so, and the traceback would only repeat it."""
+    if not isinstance(died.exc_value, OSError):
+        threading.__excepthook__(died)
+
+
+# <<< shared: runs
+def choose_num_workers(args):
+    """Nothing to choose: each game has a process of its own."""
+
+
+# >>> shared: torch
+import copy
+import io
+import zipfile
+
+from torch.utils.tensorboard import SummaryWriter
+
+CHECKPOINT = "checkpoint.pt"
+# The fork server imports these once for all workers, which import this whole script.
+PRELOAD = ["torch.utils.tensorboard", "gymnasium", "tyro"]
+
+
+def serialize(checkpoint):
+    buffer = io.BytesIO()  # written to a file, torch.save() hides the OSError of a full disk
+    torch.save(checkpoint, buffer)
+    return buffer.getbuffer()
+
+
+def deserialize(path):
+    if not zipfile.is_zipfile(path):  # torch.save() writes zip files
+        raise ValueError("not a zip file")
+    # weights_only: nothing in the file is executed, wherever it comes from.
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(checkpoint, agent, optimizer, args):
+    agent.load_state_dict(checkpoint["agent"])
+    if "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # it may be typed with --resume
+    if isinstance(checkpoint.get("rng"), dict):  # older versions had a list
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        # The checkpoint may come from a machine with more GPUs.
+        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"][: torch.cuda.device_count()])
+
+
+# <<< shared: torch
+# >>> shared: rmsprop
 class RMSpropTF(torch.optim.Optimizer):
-    """RMSProp of TensorFlow 1 and the papers: epsilon *inside* the root, the mean square starts at *one*. Steps of torch's own,
-    with epsilon outside and starting at zero, are up to 3.2 times larger at epsilon = 0.1."""
+    """RMSProp as in TensorFlow 1 and the papers. It differs from torch.optim.RMSprop in two ways:
+    epsilon is inside the square root, and the mean square starts at 1, not 0. With epsilon 0.1,
+    torch's steps are up to 3.2 times larger."""
 
-    def __init__(self, params, lr, alpha=0.99, eps=0.1):
+    def __init__(self, params, lr, eps, alpha=0.99):
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
         for p in self.param_groups[0]["params"]:
             self.state[p]["square_avg"] = torch.ones_like(p)
@@ -191,259 +954,8 @@ class RMSpropTF(torch.optim.Optimizer):
                 p.addcdiv_(p.grad, (square_avg + group["eps"]).sqrt(), value=-group["lr"])
 
 
-def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
-    """R_t = r_t + gamma R_{t+1}, where R_{t+1} is 0 if step t ended the episode, the value of the final observation if a time
-    limit cut it short, and next_value (num_envs,) after the last step. All others: (num_steps, num_envs)"""
-    returns, next_return = torch.empty_like(rewards), next_value
-    for t in reversed(range(len(rewards))):
-        next_return = torch.where(truncations[t], final_values[t], next_return)
-        returns[t] = next_return = rewards[t] + gamma * torch.where(terminations[t], 0.0, next_return)
-    return returns
-
-
-def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """mean[-log pi(a|s) (R - V)] - ent_coef mean[H] + vf_coef mean[(R - V)^2], and the three means it is made of.
-    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)"""
-    logprobs = logits.log_softmax(-1)
-    advantages = (returns - values).detach()  # the policy's gradient must not reach the values
-    policy_loss = -(logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1) * advantages).mean()
-    value_loss = (returns - values).square().mean()
-    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
-    return policy_loss - ent_coef * entropy + vf_coef * value_loss, policy_loss, value_loss, entropy
-
-
-def save_checkpoint(path, checkpoint):
-    """Replace the file in one step, so that there is a whole one at any time; the one before is kept as checkpoint.prev"""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    with suppress(OSError):  # there is none yet, or the disk has no hard links
-        path.with_stem("checkpoint.prev").unlink(missing_ok=True)
-        os.link(path, path.with_stem("checkpoint.prev"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load_checkpoint(run_dir):
-    path = Path(run_dir, "checkpoint.pt")
-    try:
-        assert path.open("rb").read(2) == b"PK"  # torch.save writes zip files
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # executes nothing, wherever the file is from
-        assert checkpoint["script"] == SCRIPT
-        return checkpoint | {"args": Args(**checkpoint["args"])}
-    except Exception:  # a damaged file raises nearly anything
-        fail(f"{path} is missing, damaged or not from {SCRIPT}.py; is there a checkpoint.prev?")
-
-
-def fail(message):
-    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def parse_args(argv=None):
-    """The command line as Args, on top of the defaults or of the resumed run's. What cannot work ends here, with exit code 2."""
-    args = tyro.cli(Args, args=argv)
-    if args.resume == "auto":
-        runs = sorted(Path("runs").glob(f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__*/checkpoint.pt"))
-        known = {str(run.parent): load_checkpoint(run.parent)["args"] for run in runs}
-        args.resume = next((run for run in reversed(known) if known[run] == replace(args, resume=None)), None)
-    if args.resume:
-        saved = load_checkpoint(args.resume)["args"]
-        args = replace(tyro.cli(Args, args=argv, default=saved), resume=args.resume)
-        if any(getattr(args, name) != getattr(saved, name) for name in ("env_id", "arch")):
-            fail(f"{args.resume}: --env-id and --arch cannot change within a run")
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and value < (type(value) is int and name != "seed"):
-            fail(f"--{name.replace('_', '-')} cannot be {value}")
-    if getattr(gym.registry.get(args.env_id), "entry_point", None) != "ale_py.env:AtariEnv":
-        games = [game for game in gym.registry if game.startswith("ALE/") or game.endswith("NoFrameskip-v4")]
-        fail(f"--env-id {args.env_id} is no Atari game; closest: {', '.join(get_close_matches(args.env_id, games, 3, 0))}")
-    return args
-
-
-def actor_learner(i, start, args, env_class, agent, optimizer, first_step, steps, figures, stop, connection):
-    """One process: play num_steps steps with a copy of the shared parameters, then change the shared ones; no lock anywhere.
-    In shared memory: agent and optimizer; steps (num_envs,) that each one has taken; figures (num_envs, len(FIGURES)) of each
-    one's last update; stop (1,). Finished games go through the connection as (score, length in agent steps), a loss that is not
-    finite as a text. start: how often this actor-learner was lost and started anew."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # when the main process dies, die too, without a traceback
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    stream = np.random.SeedSequence([args.seed + (first_step << 32), i, start])  # distinct for all seeds and games
-    game_seed, network_seed = map(int, stream.generate_state(2))
-    torch.manual_seed(network_seed)
-    env = env_class(args.env_id, args.frame_skip, args.terminal_on_life_loss)
-    obs, _ = env.reset(seed=game_seed)
-    local = copy.deepcopy(agent)
-    main_process = multiprocessing.parent_process()
-    while not stop and main_process.is_alive() and (global_step := first_step + int(steps.sum())) < args.total_timesteps:
-        # SCHEDULE
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - args.anneal_lr * global_step / args.total_timesteps)
-
-        # ROLLOUT with the shared parameters as they are now
-        local.load_state_dict(agent.state_dict())
-        observations, actions, outcomes, final_values = [], [], [], torch.zeros(args.num_steps)
-        with torch.no_grad():
-            for step in range(args.num_steps):
-                logits, _ = local(torch.as_tensor(obs)[None])
-                action = (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)  # ~ softmax(logits)
-                observations.append(obs)
-                actions.append(action)
-                obs, *outcome, _ = env.step(action.item())
-                outcomes.append(outcome)
-                if outcome[2]:  # a time limit
-                    final_values[step] = local(torch.as_tensor(obs)[None])[1]
-                if env.game_over:
-                    connection.send((env.episode_return, env.episode_length))
-                    obs, _ = env.reset()
-            next_value = local(torch.as_tensor(obs)[None])[1][0]
-
-        # TARGETS. Everything is (num_steps,), logits have the actions as second dimension
-        rewards, terminations, truncations = (torch.tensor(x) for x in zip(*outcomes))
-        returns = compute_returns(rewards.float().clamp(-1, 1), terminations, truncations, final_values, next_value, args.gamma)
-
-        # LOSS AND STEP: gradients of the copy, at the parameters of the rollout, change the shared ones. For one game a second
-        # pass pays: forward and backward in a batch of 5 take a third of the time of going back through 5 single ones.
-        logits, values = local(torch.as_tensor(np.stack(observations)))
-        actions = torch.cat(actions)
-        loss, policy_loss, value_loss, entropy = compute_loss(logits, values, actions, returns, args.ent_coef, args.vf_coef)
-        local.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(local.parameters(), args.max_grad_norm)
-        if not torch.isfinite(loss + grad_norm):
-            parts = f"policy loss {policy_loss}, value loss {value_loss}, entropy {entropy}, gradient norm {grad_norm}"
-            connection.send(f"{parts}: stopped before the parameters change. A lower --learning-rate may help")
-            return
-        for p, local_p in zip(agent.parameters(), local.parameters()):
-            p.grad = local_p.grad
-        optimizer.step()
-        losses = (x.item() for x in (policy_loss, value_loss, entropy, grad_norm))
-        figures[i] = torch.tensor([optimizer.param_groups[0]["lr"], *losses])
-        steps[i] += args.num_steps
-
-
-def train(args, env_class=AtariEnv):
-    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)  # full disk
-    stop_signals = []
-    for signum in STOP_SIGNALS:  # the first one is noted, a second one ends the process at once
-        signal.signal(signum, lambda signum, _: stop_signals.append(signum) or signal.signal(signum, signal.SIG_DFL))
-    torch.manual_seed(args.seed)
-    num_actions = env_class(args.env_id, args.frame_skip, args.terminal_on_life_loss).action_space.n
-    agent = Agent(num_actions, args.arch, args.init).share_memory()
-    optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
-    checkpoint = load_checkpoint(args.resume) if args.resume else {"global_step": 0, "recent_scores": []}
-    first_step, recent_scores = checkpoint["global_step"], deque(checkpoint["recent_scores"], 100)
-    if args.resume:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # not the checkpoint's, if another was asked for
-    steps = torch.zeros(args.num_envs, dtype=torch.int64)
-    figures, stop = torch.zeros(args.num_envs, len(FIGURES)), torch.zeros(1, dtype=torch.bool)
-    for tensor in (steps, figures, stop, *(state["square_avg"] for state in optimizer.state.values())):
-        tensor.share_memory_()
-    run_dir = Path(args.resume or f"runs/{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}")
-    if args.track:
-        import wandb
-
-        wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
-    print(f"{run_dir}: {args.num_envs} actor-learners, {args.arch} network", flush=True)
-    bar = tqdm(total=args.total_timesteps, initial=first_step, unit=" steps", disable=not sys.stderr.isatty())
-    processes, connections, starts, failures, last_seen = {}, {}, Counter(), Counter(), {}
-    atexit.register(lambda: [process.kill() for process in processes.values()])
-
-    def start(i):
-        connections[i], far_end = mp.Pipe(duplex=False)
-        shared = (agent, optimizer, first_step, steps, figures, stop, far_end)
-        # Not fork: a process with threads may hang in a forked child
-        processes[i] = mp.get_context("forkserver").Process(target=actor_learner, args=(i, starts[i], args, env_class, *shared))
-        processes[i].start()
-        far_end.close()  # the connection ends with the process
-        starts[i] += 1
-        last_seen[i] = int(steps[i]), time.perf_counter() + args.num_envs  # a game may take a second to start
-
-    global_step = logged_step = first_step
-    logged_time, episodes, writer = time.perf_counter(), [], None
-    is_last = global_step >= args.total_timesteps
-    if not is_last:
-        # The fork server and, from it, the actor-learners block the signals that terminals and SLURM send to all processes
-        for start_server in (multiprocessing.resource_tracker.ensure_running, multiprocessing.forkserver.ensure_running):
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # again: the resource tracker's start unblocks them
-            start_server()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-        for i in range(args.num_envs):
-            start(i)
-    while not is_last:
-        # WATCH the actor-learners: their games, their ends, their silence
-        multiprocessing.connection.wait(connections.values(), timeout=0.1)
-        lost = {}
-        for i, connection in connections.items():
-            try:
-                while connection.poll():
-                    report = connection.recv()
-                    if isinstance(report, str):
-                        sys.exit(f"step {global_step}: {report}")
-                    episodes.append(report)
-            except (EOFError, OSError):
-                processes[i].join()
-                code = processes[i].exitcode
-                lost[i] = f"died: {signal.Signals(-code).name if code < 0 else code}"
-            if steps[i] > last_seen[i][0]:
-                last_seen[i], failures[i] = (int(steps[i]), time.perf_counter()), 0
-            elif time.perf_counter() - last_seen[i][1] > args.step_timeout:
-                lost[i] = "did not answer in time"
-        is_last = first_step + int(steps.sum()) >= args.total_timesteps or bool(stop_signals)
-        if is_last:
-            stop.fill_(True)
-            for process in processes.values():
-                process.join(args.step_timeout)
-                process.kill()
-            lost = {}
-        for i, cause in lost.items():
-            print(f"\nactor-learner {i} (pid {processes[i].pid}) {cause}; its game starts anew", file=sys.stderr)
-            processes[i].kill()
-            failures[i] += 1
-            if failures[i] == 3:
-                sys.exit(f"three times without an update: giving up. From the last checkpoint: --resume {run_dir}")
-            start(i)
-        last_step, global_step = global_step, first_step + int(steps.sum())
-        bar.update(global_step - last_step)
-        checkpoint_due = is_last or global_step // args.checkpoint_interval > last_step // args.checkpoint_interval
-        log_due = checkpoint_due or global_step // args.log_interval > last_step // args.log_interval
-
-        # LOG AND CHECKPOINT
-        try:
-            if log_due:
-                recent_scores.extend(score for score, _ in episodes)
-                speed = (global_step - logged_step) / (time.perf_counter() - logged_time)
-                bar.set_postfix_str(score := f"score {np.mean(recent_scores):.1f}" if recent_scores else "no game over yet")
-                if bar.disable:
-                    print(f"step {global_step:,} of {args.total_timesteps:,}  {speed:,.0f} steps/s  {score}", flush=True)
-                scalars = {"charts/SPS": speed} | dict(zip(FIGURES, figures.sum(0) / max(1, (steps > 0).sum())))
-                if episodes:
-                    scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-                if not writer:
-                    writer = SummaryWriter(run_dir, purge_step=logged_step + 1)  # what came after the checkpoint comes again
-                    writer.add_text("flags", "|flag|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in vars(args).items()))
-                for tag, scalar in scalars.items():
-                    writer.add_scalar(tag, scalar, global_step)
-                logged_step, logged_time, episodes = global_step, time.perf_counter(), []
-            if checkpoint_due:
-                checkpoint = {"args": asdict(args) | {"resume": None}, "global_step": global_step}
-                checkpoint |= {"script": SCRIPT, "agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-                checkpoint |= {"recent_scores": [*recent_scores]}
-                writer.flush()
-                save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
-        except OSError as error:
-            with suppress(OSError):  # this may go to the same disk
-                print(f"\nwarning: {error}; training goes on, the checkpoint before is kept", file=sys.stderr)
-            writer = None  # its thread is dead
-    bar.close()
-    if stop_signals:
-        print(f"{signal.Signals(stop_signals[0]).name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")
-        sys.exit(128 + stop_signals[0])
+# <<< shared: rmsprop
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    train(parse_args(), make_env)

@@ -1,4 +1,5 @@
-"""What all tests share. Everything is tested through the scripts' own functions and command lines; SCRIPTS lists the scripts."""
+"""What all tests share. Everything is tested through the scripts' own functions and command lines;
+SCRIPTS lists the scripts."""
 
 import importlib
 import os
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each core runs a test already
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same bits everywhere: a CPU's; with a GPU, see test_cuda.py
+# The same bits everywhere: a CPU's; with a GPU, see test_cuda.py
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 ROOT = Path(__file__).resolve().parent.parent
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 SYNCHRONOUS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]
-SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]
+SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]  # paac.py: see test_gym.py
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
@@ -29,9 +31,14 @@ def script(request):
 
 
 def small(script):
-    """Flags of a run of a few seconds: 4 games on 2 workers, or 2 actor-learners; an update takes 20 steps, or 5."""
-    size = ["--num-envs", "2"] if script.__name__ == "a3c_atari" else ["--num-envs", "4", "--num-workers", "2"]
-    return [*size, "--log-interval", "40", "--env-id", "PongNoFrameskip-v4"]
+    """Flags of a run of a few seconds: 4 games on 2 workers, or 2 actor-learners; an update takes
+    20 steps, or 5."""
+    flags = ["--log-interval", "40"]
+    if script.__name__ != "paac":
+        flags += ["--env-id", "PongNoFrameskip-v4"]
+    if script.__name__ == "a3c_atari":
+        return [*flags, "--num-envs", "2"]
+    return [*flags, "--num-envs", "4", "--num-workers", "2"]
 
 
 def command(script, *args):
@@ -39,7 +46,8 @@ def command(script, *args):
 
 
 def run(cmd, cwd, timeout=180, **kwargs):
-    """Run a command to its end in `cwd`, as a user would, with nothing of this repository on the path."""
+    """Run a command to its end in `cwd`, as a user would, with nothing of this repository on the
+    path."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
     return subprocess.run(list(map(str, cmd)), cwd=cwd, timeout=timeout, env=env, **options)
@@ -52,9 +60,13 @@ def only_run(folder):
 
 
 def scalars(run_dir):
-    """{tag: [(step, value)]}, as TensorBoard shows them: after a resume, without what was logged twice."""
+    """{tag: [(step, value)]}, as TensorBoard shows them: after a resume, without what was logged
+    twice."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }

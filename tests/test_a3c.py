@@ -1,4 +1,5 @@
-"""The asynchronous script: one actor-learner computes what a plain sequential program does; several change the same memory."""
+"""The asynchronous script: one actor-learner computes what a plain sequential program does; several
+change the same memory."""
 
 import multiprocessing
 import time
@@ -21,32 +22,25 @@ class Cut(Scripted):
         self.number = 1
 
 
-def trained(tmp_path, monkeypatch, env_class, *flags):
+def trained(tmp_path, monkeypatch, game_class, flags):
     """The run's folder and its checkpoint."""
     monkeypatch.chdir(tmp_path)
-    a3c_atari.train(a3c_atari.parse_args([*small(a3c_atari), *flags]), env_class)
+    a3c_atari.train(a3c_atari.parse_args([*small(a3c_atari), *flags.split()]), game_class)
     return only_run(tmp_path), torch.load(only_run(tmp_path) / "checkpoint.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("env_class", [Catch, Cut])
-def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, env_class):
-    """One set of parameters, no processes, targets in plain numbers, RMSProp by hand: the same parameters after 20 updates."""
+@pytest.mark.parametrize("game_class", [Catch, Cut])
+def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, game_class):
+    """One set of parameters, no processes, targets in plain numbers, RMSProp by hand: the same
+    parameters after 20 updates."""
     lr, eps, clip, gamma, ent_coef, vf_coef = 1e-2, 1e-3, 0.1, 0.9, 0.02, 0.3
-    flags = ["--num-envs", "1", "--total-timesteps", "100", "--seed", "3", "--learning-rate", str(lr), "--gamma", str(gamma)]
-    flags += [
-        "--optimizer-epsilon",
-        str(eps),
-        "--ent-coef",
-        str(ent_coef),
-        "--vf-coef",
-        str(vf_coef),
-        "--max-grad-norm",
-        str(clip),
-    ]
-    _, checkpoint = trained(tmp_path, monkeypatch, env_class, *flags)
+    flags = f"--num-envs 1 --total-timesteps 100 --seed 3 --learning-rate {lr} --gamma {gamma}"
+    flags += f" --optimizer-epsilon {eps} --ent-coef {ent_coef} --vf-coef {vf_coef}"
+    flags += f" --max-grad-norm {clip}"
+    _, checkpoint = trained(tmp_path, monkeypatch, game_class, flags)
     assert checkpoint["global_step"] == 100
 
-    env = env_class("", 4, True)
+    env = game_class(None)
     torch.manual_seed(3)
     agent = a3c_atari.Agent(env.action_space.n)
     game_seed, network_seed = map(int, np.random.SeedSequence([3, 0, 0]).generate_state(2))
@@ -54,7 +48,8 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, en
     obs, _ = env.reset(seed=game_seed)
     mean_squares = [torch.ones_like(p) for p in agent.parameters()]
     for update in range(20):
-        log_policies, values, actions, rewards, after = [], [], [], [], []  # after: the value that ends a return, or None
+        log_policies, values, actions, rewards = [], [], [], []
+        after = []  # the value that ends a return, or None
         for _ in range(5):
             logits, value = agent(torch.tensor(obs[None]))
             action = int((logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax())
@@ -63,8 +58,14 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, en
             values.append(value[0])
             actions.append(action)
             rewards.append(min(max(reward, -1.0), 1.0))
-            after.append(0.0 if terminated else agent(torch.tensor(obs[None]))[1].item() if truncated else None)
-            if env.game_over:
+            after.append(
+                0.0
+                if terminated
+                else agent(torch.tensor(obs[None]))[1].item()
+                if truncated
+                else None
+            )
+            if terminated or truncated:
                 obs, _ = env.reset()
         target, loss = agent(torch.tensor(obs[None]))[1].item(), 0.0
         for t in (4, 3, 2, 1, 0):
@@ -88,51 +89,54 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, en
 
 
 def test_updates_reach_the_shared_memory():
-    """Two actor-learners change the parameters and mean squares that this process sees, each one counts its own steps."""
+    """Two actor-learners change the parameters and mean squares that this process sees, each one
+    counts its own steps."""
     args = a3c_atari.Args(num_envs=2)
-    agent = a3c_atari.Agent(3).share_memory()
+    agent = a3c_atari.Agent(3)
     optimizer = a3c_atari.RMSpropTF(agent.parameters(), lr=1e-3, eps=1e-5)
-    steps, figures = torch.zeros(2, dtype=torch.int64).share_memory_(), torch.zeros(2, len(a3c_atari.FIGURES)).share_memory_()
-    stop = torch.zeros(1, dtype=torch.bool).share_memory_()
-    for state in optimizer.state.values():
-        state["square_avg"].share_memory_()
+    shared = a3c_atari.Shared(agent, optimizer, num_envs=2)
+    mean_squares = [state["square_avg"] for state in optimizer.state.values()]
     processes, connections = [], []
 
     def play(i, updates):
-        before = [x.clone() for x in (*agent.parameters(), *(s["square_avg"] for s in optimizer.state.values()))]
+        before = [x.clone() for x in (*agent.parameters(), *mean_squares)]
         connections.append(mp.Pipe(duplex=False))
-        shared = (agent, optimizer, 0, steps, figures, stop, connections[-1][1])
-        processes.append(mp.get_context("forkserver").Process(target=a3c_atari.actor_learner, args=(i, 0, args, Catch, *shared)))
+        work = (i, 0, args, Catch, 0, shared, connections[-1][1])
+        context = mp.get_context("forkserver")
+        processes.append(context.Process(target=a3c_atari.actor_learner, args=work))
         processes[-1].start()
         deadline = time.monotonic() + 60
-        while steps[i] < 5 * updates and time.monotonic() < deadline:
+        while shared.steps[i] < 5 * updates and time.monotonic() < deadline:
             time.sleep(0.01)
-        after = (*agent.parameters(), *(s["square_avg"] for s in optimizer.state.values()))
-        assert steps[i] >= 5 * updates and all((a != b).any() for a, b in zip(before, after))
+        after = (*agent.parameters(), *mean_squares)
+        assert shared.steps[i] >= 5 * updates
+        assert all((a != b).any() for a, b in zip(before, after))
 
     play(0, 5)
-    assert steps[1] == 0 and not figures[1].any() and figures[0].all()
+    assert shared.steps[1] == 0 and not shared.losses[1].any() and shared.losses[0].all()
     play(1, 5)
-    assert figures.all()
-    stop.fill_(True)
+    assert shared.losses.all()
+    shared.stop.fill_(True)
     for process in processes:
         process.join(10)
         assert process.exitcode == 0
 
 
 def test_concurrent_updates_stay_finite(tmp_path, monkeypatch):
-    """Eight actor-learners on as many cores as there are, at a high learning rate; none is left behind."""
-    flags = ["--num-envs", "8", "--total-timesteps", "8000", "--learning-rate", "1e-3", "--log-interval", "1000"]
-    run_dir, checkpoint = trained(tmp_path, monkeypatch, Catch, *flags)
+    """Eight actor-learners on as many cores as there are, at a high learning rate; none is left
+    behind."""
+    flags = "--num-envs 8 --total-timesteps 8000 --learning-rate 1e-3 --log-interval 1000"
+    run_dir, checkpoint = trained(tmp_path, monkeypatch, Catch, flags)
     assert all(p.isfinite().all() for p in checkpoint["agent"].values())
     curves = scalars(run_dir)
-    assert {*a3c_atari.FIGURES, "charts/SPS", "charts/episodic_return"} <= curves.keys()
+    assert {*a3c_atari.LOSSES, "charts/SPS", "charts/episodic_return"} <= curves.keys()
     assert np.isfinite([value for curve in curves.values() for _, value in curve]).all()
     assert not multiprocessing.active_children()
 
 
 def test_learning_rate_falls_with_the_steps_of_all(tmp_path, monkeypatch):
-    flags = ["--total-timesteps", "2000", "--log-interval", "100", "--learning-rate", "3e-4"]
-    run_dir, _ = trained(tmp_path, monkeypatch, Catch, *flags)
+    flags = "--total-timesteps 2000 --log-interval 100 --learning-rate 3e-4"
+    run_dir, _ = trained(tmp_path, monkeypatch, Catch, flags)
     for step, lr in scalars(run_dir)["charts/learning_rate"]:
-        assert lr == pytest.approx(3e-4 * (1 - step / 2000), abs=3e-4 * 60 / 2000)  # a few updates go on while it is logged
+        # A few updates go on while it is logged
+        assert lr == pytest.approx(3e-4 * (1 - step / 2000), abs=3e-4 * 60 / 2000)

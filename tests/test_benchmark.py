@@ -1,4 +1,5 @@
-"""utils/benchmark.py trains what it was asked for, swallows no failure, goes on where it was, and writes what the curves say."""
+"""utils/benchmark.py trains what it was asked for, swallows no failure, goes on where it was, and
+writes what the curves say."""
 
 import csv
 import os
@@ -22,10 +23,21 @@ paac_atari.py --env-id BreakoutNoFrameskip-v4 --exp-name broken --learning-rate 
 
 def test_failures_are_reported_and_results_kept(tmp_path):
     (tmp_path / "runs.txt").write_text(PLAN)
-    command = [*BENCHMARK, "--runs", "runs.txt", "--flags=--num-envs 4", "--window", "2000", "--retries", "1"]
+    command = [
+        *BENCHMARK,
+        "--runs",
+        "runs.txt",
+        "--flags=--num-envs 4",
+        "--window",
+        "2000",
+        "--retries",
+        "1",
+    ]
     result = run(command, tmp_path)
     assert result.returncode == 1
-    assert "1 of 2 runs" in result.stderr and "--learning-rate may help" in result.stderr, result.stderr
+    assert "1 of 2 runs" in result.stderr and "--learning-rate may help" in result.stderr, (
+        result.stderr
+    )
     assert result.stdout.count("start: ") == 2 and result.stdout.count("again: ") == 1
     (run_dir,) = tmp_path.glob("runs/*__paac_atari__*")
     assert load(run_dir)["args"]["num_envs"] == 4
@@ -33,13 +45,35 @@ def test_failures_are_reported_and_results_kept(tmp_path):
     with open(tmp_path / "benchmark.csv", newline="") as file:
         (row,) = csv.DictReader(file)
     assert float(row["score"]) == pytest.approx(np.mean(curve), rel=1e-6) and row["seeds"] == "1"
-    published = ("random", "human", "A2C, 10M", "A2C (SB2 zoo), 10M", "A2C (SB3 zoo), 10M", "PAAC nips, 115M")
-    assert [row[column] for column in published] == ["1.7", "30.5", "303.0", "384.9", "279.8", "470.1"]
-    assert "| BreakoutNoFrameskip-v4 | paac_atari | 10,400 | 1 |" in (tmp_path / "benchmark.md").read_text()
-    assert all((tmp_path / f"benchmark_{x}.png").stat().st_size > 10_000 for x in ("steps", "hours"))
+    published = (
+        "random",
+        "human",
+        "A2C, 10M",
+        "A2C (SB2 zoo), 10M",
+        "A2C (SB3 zoo), 10M",
+        "PAAC nips, 115M",
+    )
+    assert [row[column] for column in published] == [
+        "1.7",
+        "30.5",
+        "303.0",
+        "384.9",
+        "279.8",
+        "470.1",
+    ]
+    assert (
+        "| BreakoutNoFrameskip-v4 | paac_atari | 10,400 | 1 |"
+        in (tmp_path / "benchmark.md").read_text()
+    )
+    assert all(
+        (tmp_path / f"benchmark_{x}.png").stat().st_size > 10_000 for x in ("steps", "hours")
+    )
     with open(tmp_path / "benchmark_steps.csv", newline="") as file:
         env_ids, labels = zip(*((row["env_id"], row["label"]) for row in csv.DictReader(file)))
-    assert {*env_ids} == {"BreakoutNoFrameskip-v4"} and {*labels} >= {"paac_atari", "paper, 32 games"}
+    assert {*env_ids} == {"BreakoutNoFrameskip-v4"} and {*labels} >= {
+        "paac_atari",
+        "paper, 32 games",
+    }
     checkpoint = (run_dir / "checkpoint.pt").read_bytes()
     assert run([*command[:-1], "0"], tmp_path).returncode == 1  # again: nothing is trained twice
     assert (run_dir / "checkpoint.pt").read_bytes() == checkpoint
@@ -48,18 +82,36 @@ def test_failures_are_reported_and_results_kept(tmp_path):
 def test_a_signal_stops_all_runs_with_checkpoints(tmp_path):
     command = [*BENCHMARK, "--games", "Pong", "--seeds", "1", "2", "3", "--parallel", "2"]
     command += ["--flags=--num-envs 4 --log-interval 100"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: len([log for log in tmp_path.glob("benchmark/*.log") if " steps/s" in log.read_text()]) == 2)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(
+        lambda: (
+            len([log for log in tmp_path.glob("benchmark/*.log") if " steps/s" in log.read_text()])
+            == 2
+        )
+    )
     family = descendants(process.pid)
     os.kill(process.pid, signal.SIGINT)
-    assert "3 of 3 runs are not finished; the same command goes on" in process.communicate(timeout=60)[1]
+    assert (
+        "3 of 3 runs are not finished; the same command goes on"
+        in process.communicate(timeout=60)[1]
+    )
     assert process.returncode == 1 and not family & parents().keys()
     run_dirs = list(tmp_path.glob("runs/*"))
     assert len(run_dirs) == 2 and all(load(run_dir)["global_step"] > 0 for run_dir in run_dirs)
 
 
 def test_hours_end_a_run_and_cores_are_shared_out(tmp_path):
-    command = [*BENCHMARK, "--games", "Breakout", "--hours", "0.007", "--parallel", len(os.sched_getaffinity(0))]
+    command = [
+        *BENCHMARK,
+        "--games",
+        "Breakout",
+        "--hours",
+        "0.007",
+        "--parallel",
+        len(os.sched_getaffinity(0)),
+    ]
     result = run([*command, "--flags=--num-envs 4 --log-interval 100"], tmp_path)
     assert result.returncode == 0 and "done: " in result.stdout, result.stderr
     (log,) = tmp_path.glob("benchmark/*.log")
@@ -71,9 +123,18 @@ def test_hours_end_a_run_and_cores_are_shared_out(tmp_path):
 
 
 def test_steps_end_each_run_once(tmp_path):
-    command, flags = [*BENCHMARK, "--games", "Breakout", "--steps", "2000"], "--flags=--num-envs 4 --log-interval 100"
+    command, flags = (
+        [*BENCHMARK, "--games", "Breakout", "--steps", "2000"],
+        "--flags=--num-envs 4 --log-interval 100",
+    )
     other, tables = f"{flags} --learning-rate 0.001", []
-    for setting, runs in ((flags, 1), (flags, 1), (other, 2), (flags, 2)):  # each is trained once, whatever came between
+    # Each is trained once, whatever came between
+    for setting, runs in (
+        (flags, 1),
+        (flags, 1),
+        (other, 2),
+        (flags, 2),
+    ):
         result = run([*command, setting], tmp_path)
         assert result.returncode == 0, result.stderr
         assert len([*tmp_path.glob("runs/*")]) == runs

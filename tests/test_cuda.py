@@ -1,4 +1,5 @@
-"""The scripts on a GPU, which the other tests do not use: CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py"""
+"""The scripts on a GPU, which the other tests do not use: CUDA_VISIBLE_DEVICES=0 python -m pytest
+tests/test_cuda.py"""
 
 import importlib
 
@@ -19,10 +20,17 @@ def test_graphs_compute_what_single_launches_do(name, monkeypatch, tmp_path):
     def parameters(folder):
         folder.mkdir()
         monkeypatch.chdir(folder)
-        script.train(script.parse_args([*small(script), "--num-workers", "0", "--total-timesteps", "2000"]), Catch)
+        script.train(
+            script.parse_args([*small(script), "--num-workers", "0", "--total-timesteps", "2000"]),
+            Catch,
+        )
         return torch.load(only_run(folder) / "checkpoint.pt", weights_only=True)["agent"]
 
-    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda *args: recorded.append(1) or make_graphed_callables(*args))
+    monkeypatch.setattr(
+        torch.cuda,
+        "make_graphed_callables",
+        lambda *args: recorded.append(1) or make_graphed_callables(*args),
+    )
     graphs = parameters(tmp_path / "graphs")
     assert recorded
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda callables, samples: callables)

@@ -1,29 +1,41 @@
-"""AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each for itself. PAAC's are
-tested; test_drift.py holds those of the other scripts to the same text."""
+"""AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each
+for itself. PAAC's are tested; test_drift.py holds those of the other scripts to the same text."""
 
+import contextlib
 import importlib
 import os
+import re
+import time
 from itertools import islice
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import SYNCHRONOUS, small
-from games import Scripted, scripted_steps
+from games import Catch, Scripted, scripted_steps
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 import paac_atari
 
 # Screens of 210, 210, 250, 214 and 210 lines; the v5 ones with sticky actions.
-GAMES = ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "ALE/AirRaid-v5", "ALE/Carnival-v5", "ALE/Qbert-v5"]
+GAMES = [
+    "BreakoutNoFrameskip-v4",
+    "PongNoFrameskip-v4",
+    "ALE/AirRaid-v5",
+    "ALE/Carnival-v5",
+    "ALE/Qbert-v5",
+]
 
 
 @pytest.mark.parametrize("life_loss", [False, True])
 @pytest.mark.parametrize("env_id", GAMES)
 def test_equals_gymnasium_preprocessing(env_id, life_loss):
     ours = paac_atari.AtariEnv(env_id, 4, life_loss)
-    preprocessed = AtariPreprocessing(gym.make(env_id, frameskip=1), terminal_on_life_loss=life_loss)
+    preprocessed = AtariPreprocessing(
+        gym.make(env_id, frameskip=1), terminal_on_life_loss=life_loss
+    )
     theirs = FrameStackObservation(preprocessed, 4)
     actions = np.random.default_rng(0)
     shown = [(ours.reset(seed=5)[0], theirs.reset(seed=5)[0])]
@@ -35,7 +47,8 @@ def test_equals_gymnasium_preprocessing(env_id, life_loss):
         assert outcome == their_outcome, f"step {step}"
         if outcome[1] or outcome[2]:
             shown.append((ours.reset()[0], theirs.reset()[0]))
-    for i, (obs, their_obs) in enumerate(shown):  # only now: an observation stays as it was when the game goes on
+    # Compared only now: an observation stays as it was when the game goes on.
+    for i, (obs, their_obs) in enumerate(shown):
         np.testing.assert_array_equal(obs, their_obs, f"observation {i}")
 
 
@@ -56,7 +69,8 @@ def test_sticky_actions_follow_the_id(env_id, sticky):
         return np.stack([env.step(action)[0] for action in actions])
 
     starts = {}
-    for seed in range(40):  # of two seeds with equally many no-ops, only the sticky actions can differ
+    # Of two seeds with equally many no-ops, only the sticky actions can differ
+    for seed in range(40):
         env.reset(seed=seed)
         starts.setdefault(env.ale.getEpisodeFrameNumber(), []).append(seed)
     one, two = next(seeds for seeds in starts.values() if len(seeds) > 1)[:2]
@@ -67,25 +81,25 @@ def test_sticky_actions_follow_the_id(env_id, sticky):
 def test_life_loss_does_not_restart_the_game():
     env = paac_atari.AtariEnv("BreakoutNoFrameskip-v4", terminal_on_life_loss=True)
     env.reset(seed=1)
-    generator, lives, frames, score = np.random.default_rng(0), [env.ale.lives()], 0, 0.0
-    while not env.game_over:
-        _, reward, terminated, _, _ = env.step(generator.integers(4))
-        score += reward
+    generator, lives, frames = np.random.default_rng(0), [env.ale.lives()], 0
+    info = {"game_over": False}
+    while not info["game_over"]:
+        _, _, terminated, _, info = env.step(generator.integers(4))
         assert env.ale.getEpisodeFrameNumber() > frames
         frames = env.ale.getEpisodeFrameNumber()
         assert terminated == (env.ale.lives() < lives[-1])
         lives += [env.ale.lives()] if terminated else []
     assert lives == [5, 4, 3, 2, 1, 0]
-    assert env.episode_return == score  # of all lives
 
 
 def test_time_limit_is_a_truncation():
     env = paac_atari.AtariEnv("PongNoFrameskip-v4")
     env.ale.setInt("max_num_frames_per_episode", 402)  # 402 falls inside a repeat of 4
     env.reset(seed=3)
-    outcomes = []
-    while not env.game_over:
-        outcomes.append(env.step(0)[2:4])
+    outcomes, info = [], {"game_over": False}
+    while not info["game_over"]:
+        *_, terminated, truncated, info = env.step(0)
+        outcomes.append((terminated, truncated))
     assert outcomes[-1] == (False, True)
     assert set(outcomes[:-1]) == {(False, False)}
     assert env.ale.getEpisodeFrameNumber() == 402
@@ -93,22 +107,30 @@ def test_time_limit_is_a_truncation():
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_time_limits_come_with_the_last_observations(num_workers, monkeypatch):
-    """One array of all games, in which those that a time limit cut short show what they showed before they restarted."""
+    """One array of all games, in which those that a time limit cut short show what they showed
+    before they restarted."""
     monkeypatch.setattr(Scripted, "created", 0)
-    envs = paac_atari.make_envs(paac_atari.parse_args([*small(paac_atari), "--num-workers", str(num_workers)]), Scripted)
-    envs.call("start", 1, None)
-    games, times = scripted_steps(2 if num_workers else 4), max(1, num_workers)  # each worker counts its games from 0
+    flags = [*small(paac_atari), "--num-workers", str(num_workers)]
+    envs = paac_atari.WorkerPool(paac_atari.parse_args(flags), Scripted)
+    envs.start(1, 0)
+    # Each worker counts its games from 0.
+    games, times = scripted_steps(2 if num_workers else 4), max(1, num_workers)
+    kept = []
     for _, last_shown, over, cut, next_shown in islice(games, 20):
-        obs, _, terminations, truncations, info = envs.step(np.zeros(envs.action_space.shape, int))
-        np.testing.assert_array_equal(np.ravel(terminations), np.tile(over, times))
-        np.testing.assert_array_equal(np.ravel(truncations), np.tile(cut, times))
-        np.testing.assert_array_equal(obs.reshape(4, -1)[:, 0], np.tile(next_shown, times))
-        assert ("last_obs" in info) == cut.any()
+        obs, _, terminations, truncations, last_obs = envs.step(np.zeros(4, int))
+        np.testing.assert_array_equal(terminations, np.tile(over, times))
+        np.testing.assert_array_equal(truncations, np.tile(cut, times))
+        assert obs.shape == (4, 4, 84, 84) and obs.dtype == np.uint8
+        kept.append((obs, np.tile(next_shown, times)))
+        assert (last_obs is not None) == cut.any()
         if cut.any():
-            assert info["last_obs"].shape == obs.shape and info["last_obs"].dtype == np.uint8
-            last_obs = info["last_obs"].reshape(4, -1)[:, 0]
-            np.testing.assert_array_equal(last_obs[np.tile(cut, times)], np.tile(last_shown[cut], times))
-    paac_atari.close_envs(envs)
+            assert last_obs.shape == obs.shape and last_obs.dtype == np.uint8
+            last_obs = last_obs.reshape(4, -1)[:, 0]
+            is_cut = np.tile(cut, times)
+            np.testing.assert_array_equal(last_obs[is_cut], np.tile(last_shown, times)[is_cut])
+    envs.close()
+    for obs, shown in kept:  # compared only now: later steps do not overwrite what is kept
+        np.testing.assert_array_equal(obs.reshape(4, -1)[:, 0], shown)
 
 
 @pytest.mark.parametrize("name", SYNCHRONOUS)
@@ -121,7 +143,9 @@ def test_training_goes_on_after_time_limits_in_workers(name, monkeypatch, tmp_pa
     assert [*tmp_path.glob("runs/*/checkpoint.*")]
 
 
-@pytest.mark.parametrize("env_id", ["ALE/Qbert-v5", "QbertNoFrameskip-v4", "ALE/Breakout-v5", "ALE/Seaquest-v5"])
+@pytest.mark.parametrize(
+    "env_id", ["ALE/Qbert-v5", "QbertNoFrameskip-v4", "ALE/Breakout-v5", "ALE/Seaquest-v5"]
+)
 def test_restored_game_goes_on_exactly(env_id):
     live, restored = paac_atari.AtariEnv(env_id, 4, True), paac_atari.AtariEnv(env_id, 4, True)
     live.reset(seed=1)
@@ -129,64 +153,121 @@ def test_restored_game_goes_on_exactly(env_id):
     actions = np.random.default_rng(0)
     for _ in range(8):  # at different moments
         for _ in range(int(actions.integers(20, 60))):
-            live.step(actions.integers(live.action_space.n))
-            if live.game_over:
+            *_, info = live.step(actions.integers(live.action_space.n))
+            if info["game_over"]:
                 live.reset()
-        restored.set_state(live.get_state())
+        shown = restored.set_state(live.get_state())
+        np.testing.assert_array_equal(shown, live.frames)
         for step in range(150):
             action = actions.integers(live.action_space.n)
             (obs, *outcome), (other_obs, *other_outcome) = live.step(action), restored.step(action)
             np.testing.assert_array_equal(obs, other_obs, f"step {step}")
             assert outcome == other_outcome
-            assert (live.episode_return, live.episode_length) == (restored.episode_return, restored.episode_length)
-            if live.game_over:
+            if outcome[-1]["game_over"]:
                 np.testing.assert_array_equal(live.reset()[0], restored.reset()[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_play_the_same_as_single_games(num_workers):
-    """Each game gets its own action once per step, restarts by itself, and shows up in its own place."""
-    args = paac_atari.parse_args([*small(paac_atari), "--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"])
-    envs = paac_atari.make_envs(args)
-    obs = np.stack(envs.call("start", 7, None))
-    singles = [paac_atari.AtariEnv(args.env_id, 4, True) for _ in range(4)]
+    """Each game gets its own action once per step, restarts by itself, and shows up in its own
+    place."""
+    flags = ["--num-workers", str(num_workers), "--env-id", "BreakoutNoFrameskip-v4"]
+    args = paac_atari.parse_args([*small(paac_atari), *flags])
+    envs = paac_atari.WorkerPool(args, paac_atari.make_env)
+    obs = envs.start(7, 0)
+    singles = [paac_atari.make_env(args) for _ in range(4)]
     for game, env in enumerate(singles):
         seed = int(np.random.SeedSequence([7, game]).generate_state(1, np.uint64)[0])
-        np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], env.reset(seed=seed)[0])
-    generator, scores = np.random.default_rng(0), []
+        np.testing.assert_array_equal(obs[game], env.reset(seed=seed)[0])
+    generator, finished = np.random.default_rng(0), []
+    scores, lengths = [0.0] * 4, [0] * 4  # of whole games, over all lives
     for _ in range(400):
         actions = generator.integers(4, size=4)
-        obs, rewards, terminations, truncations, info = envs.step(actions.reshape(envs.action_space.shape))
-        assert info == {}
-        outcomes = list(zip(*map(np.ravel, (rewards, terminations, truncations))))
+        obs, rewards, terminations, truncations, last_obs = envs.step(actions)
+        assert last_obs is None
         for game, env in enumerate(singles):
-            single_obs, reward, terminated, truncated, _ = env.step(actions[game])
-            assert (reward, terminated, truncated) == outcomes[game]
-            if env.game_over:
-                scores.append((env.episode_return, env.episode_length))
+            single_obs, reward, terminated, truncated, info = env.step(actions[game])
+            assert (reward, terminated, truncated) == (
+                rewards[game],
+                terminations[game],
+                truncations[game],
+            )
+            scores[game] += reward
+            lengths[game] += 1
+            if info["game_over"]:
+                finished.append((scores[game], lengths[game]))
+                scores[game], lengths[game] = 0.0, 0
                 single_obs, _ = env.reset()
-            np.testing.assert_array_equal(obs.reshape(4, 4, 84, 84)[game], single_obs)
-    episodes = [episode for report in envs.call("report", False) for episode in report[0]]
-    paac_atari.close_envs(envs)
-    assert len(scores) >= 4
-    assert sorted(episodes) == sorted(scores)
+            np.testing.assert_array_equal(obs[game], single_obs)
+    episodes, states = envs.report(with_states=True)
+    envs.close()
+    assert len(finished) >= 4
+    assert sorted(episodes) == sorted(finished)
+    assert [(state["score"], state["length"]) for state in states] == [*zip(scores, lengths)]
+
+
+def test_a_game_of_gymnasium_arrives_unchanged():
+    """Float observations of both signs and beyond 255, shown in the dtype and shape of the space; a
+    restart after each end; no state to save."""
+    args = paac_atari.Args(num_envs=2, num_workers=2)
+    envs = paac_atari.WorkerPool(args, Floats)
+    obs = envs.start(1, 0)
+    assert obs.dtype == np.float32
+    expected = np.array([-0.03, 1.7, -2000.5, 3e5], np.float32)
+    np.testing.assert_array_equal(obs, [expected, expected])
+    for step in range(1, 8):
+        obs, rewards, terminations, _, _ = envs.step(np.array([0, 1]))
+        shown = expected + np.float32(step % 4)  # a new game after four steps
+        np.testing.assert_array_equal(obs, [shown, shown])
+        assert rewards.tolist() == [0.25, 0.25] and terminations.tolist() == [step % 4 == 0] * 2
+    assert envs.report(with_states=True) == ([(1.0, 4), (1.0, 4)], [])
+    envs.close()
+
+
+class Floats(gym.Env):
+    """A game with nothing but what gymnasium asks for."""
+
+    def __init__(self, args):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def show(self):
+        return np.array([-0.03, 1.7, -2000.5, 3e5], np.float32) + np.float32(self.steps)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.show(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.show(), 0.25, self.steps == 4, False, {}
 
 
 def refuse(*args):
     raise PermissionError
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not let processes choose their cores")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"),
+    reason="this system does not let processes choose their cores",
+)
 @pytest.mark.parametrize("workers_per_core, refused", [(1, False), (2, False), (1, True)])
 def test_one_worker_per_core_stays_on_it(monkeypatch, workers_per_core, refused):
-    """Workers never interrupt the learner when they wake up, and where the system refuses that, they start all the same."""
+    """Workers never interrupt the learner when they wake up, and where the system refuses that,
+    they start all the same."""
     if refused:
         monkeypatch.setattr(os, "sched_setaffinity", refuse)
     cores, policy = sorted(os.sched_getaffinity(0)), os.sched_getscheduler(0)
     n = workers_per_core * len(cores)
-    envs = paac_atari.make_envs(paac_atari.Args(num_envs=n, num_workers=n))
-    placed = [(os.sched_getscheduler(process.pid), sorted(os.sched_getaffinity(process.pid))) for process in envs.processes]
-    paac_atari.close_envs(envs)
+    args = paac_atari.Args(num_envs=n, num_workers=n)
+    envs = paac_atari.WorkerPool(args, paac_atari.make_env)
+    envs.start(1, 0)
+    placed = []
+    for process in envs.envs.processes:
+        affinity = sorted(os.sched_getaffinity(process.pid))
+        placed.append((os.sched_getscheduler(process.pid), affinity))
+    envs.close()
     if refused:
         assert placed == [(policy, cores)] * n
     elif workers_per_core == 1:
@@ -197,18 +278,23 @@ def test_one_worker_per_core_stays_on_it(monkeypatch, workers_per_core, refused)
 
 def test_generators_are_distinct():
     """No two games of any worker share their random numbers, and neither do neighbouring seeds."""
-    streams, args = [], paac_atari.parse_args([*small(paac_atari), "--num-envs", "8", "--num-workers", "0"])
+    args = paac_atari.parse_args([*small(paac_atari), "--num-envs", "8", "--num-workers", "0"])
+    streams = []
     for seed in (1, 2, 3):
-        for first_game in (0, 8):
-            worker = paac_atari.make_envs(args, first_game=first_game)
-            worker.start(seed, None)
-            streams += [tuple(env.atari.np_random.integers(0, 2**62, 4)) for env in worker.envs]
-    assert len(set(streams)) == len(streams) == 48
+        for global_step in (0, 160):  # of a restart
+            for first_game in (0, 8):
+                envs = paac_atari.WorkerPool(args, paac_atari.make_env, first_game)
+                envs.start(seed, global_step)
+                for env in envs.envs.worker.envs:
+                    streams.append(tuple(env.atari.np_random.integers(0, 2**62, 4)))
+    assert len(set(streams)) == len(streams) == 96
 
 
 def all_games():
     ids = [spec.id for spec in gym.registry.values() if spec.entry_point == "ale_py.env:AtariEnv"]
-    return [i for i in ids if i.startswith("ALE/")], [i for i in ids if i.endswith("NoFrameskip-v4")]
+    return [i for i in ids if i.startswith("ALE/")], [
+        i for i in ids if i.endswith("NoFrameskip-v4")
+    ]
 
 
 def test_all_games_start_and_step():
@@ -221,3 +307,24 @@ def test_all_games_start_and_step():
             obs, _, terminated, truncated, _ = env.step(action)
         assert obs.shape == (4, 84, 84) and obs.dtype == np.uint8
         assert not terminated and not truncated, env_id
+
+
+class StuckOnce(Catch):
+    """Hangs when the first of all games starts, but only once."""
+
+    def reset(self, *, seed=None, options=None):
+        with contextlib.suppress(FileExistsError):
+            Path("stuck").touch(exist_ok=False)
+            time.sleep(1000)
+        return super().reset(seed=seed, options=options)
+
+
+def test_worker_stuck_at_its_start_is_replaced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = paac_atari.Args(num_envs=2, num_workers=2, step_timeout=2.0)
+    envs = paac_atari.WorkerPool(args, StuckOnce)
+    assert envs.start(1, 0).shape == (2, 4, 84, 84)
+    envs.close()
+    error = capsys.readouterr().err
+    assert re.search(r"worker [01] \(games ([01]) to \1, pid \d+\) did not answer in time", error)
+    assert error.count("start anew") == 1

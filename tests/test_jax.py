@@ -1,7 +1,6 @@
-"""The JAX script computes what the torch script computes, compiles once, and keeps what it has seen."""
+"""The JAX script computes what the torch script computes, compiles once, and keeps what it has
+seen."""
 
-import re
-import sys
 from itertools import islice
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run, small
+from conftest import small
 from games import Scripted, scripted_steps
 
 import paac_atari
@@ -19,7 +18,8 @@ COMPILED = paac_atari_jax.act, paac_atari_jax.update, paac_atari_jax.compute_val
 
 
 def to_jax(agent):
-    """The torch network's parameters as flax has them: inputs before outputs; a convolution's pixels before its channels."""
+    """The torch network's parameters as flax has them: inputs before outputs; a convolution's
+    pixels before its channels."""
     convs = 2 if len(agent.trunk) == 7 else 3
     params, names = {}, iter([*["Conv_0", "Conv_1", "Conv_2"][:convs], "Dense_0"])
     for name, layer in agent.named_modules():
@@ -27,9 +27,14 @@ def to_jax(agent):
             continue
         weight = layer.weight.detach().contiguous().numpy()
         name = name if name in ("policy", "value") else next(names)
-        if name == "Dense_0":  # (hidden, channels x rows x columns) -> (rows x columns x channels, hidden)
+        # (hidden, channels x rows x columns) -> (rows x columns x channels, hidden)
+        if name == "Dense_0":
             side = 9 if convs == 2 else 7
-            weight = weight.reshape(len(weight), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(weight))
+            weight = (
+                weight.reshape(len(weight), -1, side, side)
+                .transpose(2, 3, 1, 0)
+                .reshape(-1, len(weight))
+            )
         else:
             weight = weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T
         params[name] = {"kernel": jnp.array(weight), "bias": jnp.array(layer.bias.detach().numpy())}
@@ -39,7 +44,8 @@ def to_jax(agent):
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 @pytest.mark.parametrize("arch", ["nips", "nature"])
 def test_an_update_equals_torchs(arch, optimizer):
-    """Outputs, targets, loss, gradient norm and parameters after three updates, from the same weights on the same batches."""
+    """Outputs, targets, loss, gradient norm and parameters after three updates, from the same
+    weights on the same batches."""
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     agent, jax_agent = paac_atari.Agent(6, arch, "uniform"), paac_atari_jax.Agent(6, arch)
@@ -50,49 +56,82 @@ def test_an_update_equals_torchs(arch, optimizer):
     optimizer_class = paac_atari.RMSpropTF if optimizer == "rmsprop" else torch.optim.Adam
     torch_optimizer = optimizer_class(agent.parameters(), lr=lr, eps=eps)
     for _ in range(3):
-        obs = generator.integers(256, size=(5, 2, 4, 4, 84, 84), dtype=np.uint8)
-        next_obs = generator.integers(256, size=(2, 4, 4, 84, 84), dtype=np.uint8)
+        obs = generator.integers(256, size=(5, 8, 4, 84, 84), dtype=np.uint8)
+        next_obs = generator.integers(256, size=(8, 4, 84, 84), dtype=np.uint8)
         rewards = generator.normal(size=(5, 8)).astype(np.float32)
         terminations, truncations = generator.random((2, 5, 8)) < 0.2
         final_values = generator.normal(size=(5, 8)).astype(np.float32)
 
-        choices, key = [], jax.random.key(0)
+        key, logits_, values_, actions_, backwards = jax.random.key(0), [], [], [], []
         for step in range(5):
-            key, choice = paac_atari_jax.act(jax_agent, params, key, jnp.array(obs[step]))
-            choices.append(choice)
+            key, *outputs = paac_atari_jax.act(jax_agent, params, key, jnp.array(obs[step]))
+            for kept, output in zip((actions_, logits_, values_, backwards), outputs):
+                kept.append(output)
         next_value = paac_atari_jax.compute_values(jax_agent, params, next_obs)
-        actions = torch.from_numpy(np.stack([np.array(choice[0]) for choice in choices])).long()
+        actions = torch.from_numpy(np.stack([np.array(x) for x in actions_])).long()
         logits, values = map(torch.stack, zip(*(agent(torch.from_numpy(o)) for o in obs)))
         for step in range(5):
-            np.testing.assert_allclose(choices[step][1], logits[step].detach(), rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(choices[step][2], values[step].detach(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(logits_[step], logits[step].detach(), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(values_[step], values[step].detach(), rtol=1e-4, atol=1e-5)
 
-        outcomes = (rewards, terminations, truncations)
+        rollout = {
+            "logits": logits_,
+            "values": values_,
+            "actions": actions_,
+            "backward": backwards,
+            "rewards": rewards,
+            "terminations": terminations,
+            "truncations": truncations,
+            "final_values": final_values,
+        }
         params, opt_state, losses = paac_atari_jax.update(
-            jax_optimizer, params, opt_state, lr, 0.9, 0.02, 0.3, choices, outcomes, final_values, next_value
+            jax_optimizer, params, opt_state, lr, rollout, next_value, (0.9, 0.02, 0.3)
         )
-        tensors = [torch.from_numpy(x) for x in (rewards.clip(-1, 1), terminations, truncations, final_values)]
-        returns = paac_atari.compute_returns(*tensors, agent(torch.from_numpy(next_obs))[1].detach(), 0.9)
-        loss, policy_loss, value_loss, entropy = paac_atari.compute_loss(logits, values, actions, returns, 0.02, 0.3)
+        tensors = [
+            torch.from_numpy(x)
+            for x in (rewards.clip(-1, 1), terminations, truncations, final_values)
+        ]
+        returns = paac_atari.compute_returns(
+            *tensors, agent(torch.from_numpy(next_obs))[1].detach(), 0.9
+        )
+        loss, policy_loss, value_loss, entropy = paac_atari.compute_loss(
+            logits, values, actions, returns, 0.02, 0.3
+        )
         torch_optimizer.zero_grad()
         loss.backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), clip)
         assert grad_norm > clip
         torch_optimizer.step()
         explained = 1 - (returns - values).var() / returns.var()
-        expected = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "grad_norm": grad_norm}
+        expected = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "grad_norm": grad_norm,
+        }
         for name, x in (expected | {"explained_variance": explained}).items():
-            np.testing.assert_allclose(losses[f"losses/{name}"], x.item(), rtol=1e-4, atol=1e-6, err_msg=name)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), params, to_jax(agent))
+            np.testing.assert_allclose(
+                losses[f"losses/{name}"], x.item(), rtol=1e-4, atol=1e-6, err_msg=name
+            )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+            params,
+            to_jax(agent),
+        )
 
 
 @pytest.mark.parametrize("arch", ["nips", "nature"])
 @pytest.mark.parametrize("init", ["orthogonal", "uniform"])
 def test_network_init(arch, init):
     """As the torch script's: orthogonal with its gains, or U(+-1/sqrt(fan_in)), biases too."""
-    params = paac_atari_jax.Agent(6, arch, init).init(jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))["params"]
+    params = paac_atari_jax.Agent(6, arch, init).init(
+        jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8)
+    )["params"]
     for name, layer in params.items():
-        weight, bias = np.array(layer["kernel"]).reshape(-1, len(layer["bias"])), np.array(layer["bias"])
+        weight, bias = (
+            np.array(layer["kernel"]).reshape(-1, len(layer["bias"])),
+            np.array(layer["bias"]),
+        )
         if init == "orthogonal":
             gain = {"policy": 0.01, "value": 1.0}.get(name, 2**0.5)
             gram = weight.T @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.T
@@ -112,17 +151,21 @@ def test_actions_follow_the_policy():
     params = agent.init(key, obs[:1])
     params["params"]["policy"]["bias"] = jnp.log(policy)  # the logits of a black screen
     for _ in range(10):
-        key, (action, *_) = paac_atari_jax.act(agent, params, key, obs)
+        key, action, *_ = paac_atari_jax.act(agent, params, key, obs)
         actions.append(np.array(action))
-    np.testing.assert_allclose(np.bincount(np.concatenate(actions), minlength=4) / 5000, policy, atol=0.03)  # 4 sigma
+    # 4 sigma
+    np.testing.assert_allclose(
+        np.bincount(np.concatenate(actions), minlength=4) / 5000, policy, atol=0.03
+    )
     same_again = (policy**2).sum()
-    assert np.mean(actions[0] == actions[1]) == pytest.approx(same_again, abs=0.09)  # of 500: 4 sigma
+    # Of 500: 4 sigma
+    assert np.mean(actions[0] == actions[1]) == pytest.approx(same_again, abs=0.09)
     assert np.mean(actions[0][1:] == actions[0][:-1]) == pytest.approx(same_again, abs=0.09)
 
 
 @pytest.fixture
 def recorded(monkeypatch, tmp_path):
-    """recorded(*flags, env_class) trains and returns what reached act() and update()."""
+    """recorded(*flags, make_env) trains and returns what reached act() and update()."""
     acts, updates = [], []
     act, update = paac_atari_jax.act, paac_atari_jax.update
 
@@ -131,7 +174,9 @@ def recorded(monkeypatch, tmp_path):
         return act(agent, params, key, obs)
 
     def record_update(optimizer, params, opt_state, *inputs):
-        updates.append(jax.tree.map(np.array, (*inputs[1:4], [c[:3] for c in inputs[4]], *inputs[5:])))
+        _, rollout, next_value, coefficients = inputs
+        kept = {name: x for name, x in rollout.items() if name != "backward"}
+        updates.append(jax.tree.map(np.array, (kept, next_value, coefficients)))
         return update(optimizer, params, opt_state, *inputs)
 
     monkeypatch.setattr(paac_atari_jax, "act", record_act)
@@ -139,15 +184,16 @@ def recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(Scripted, "created", 0)
     monkeypatch.chdir(tmp_path)
 
-    def train(*flags, env_class=paac_atari_jax.AtariEnv):
-        paac_atari_jax.train(paac_atari_jax.parse_args([*small(paac_atari), *flags]), env_class)
+    def train(*flags, make_env=paac_atari_jax.make_env):
+        paac_atari_jax.train(paac_atari_jax.parse_args([*small(paac_atari), *flags]), make_env)
         return acts, updates
 
     return train
 
 
 def test_compiles_once_and_keeps_what_it_saw(recorded):
-    """No function is compiled again after its first call; the workers' next step does not change observations acted on."""
+    """No function is compiled again after its first call; the workers' next step does not change
+    observations acted on."""
     for function in COMPILED:
         function.clear_cache()
     acts, updates = recorded("--total-timesteps", "400")
@@ -159,7 +205,8 @@ def test_compiles_once_and_keeps_what_it_saw(recorded):
 
 
 class Reader(paac_atari_jax.nn.Module):
-    """In the network's place: the value of an observation is the number Scripted wrote on it; both actions are equally likely."""
+    """In the network's place: the value of an observation is the number Scripted wrote on it; both
+    actions are equally likely."""
 
     num_actions: int
     arch: str
@@ -169,7 +216,7 @@ class Reader(paac_atari_jax.nn.Module):
     @paac_atari_jax.nn.compact
     def __call__(self, obs):
         weight = self.param("weight", lambda key: jnp.ones(()))
-        value = obs.reshape(-1, *obs.shape[-3:])[:, 3, 0, 0].astype(jnp.float32) * weight
+        value = obs[:, 3, 0, 0].astype(jnp.float32) * weight
         return jnp.zeros((len(value), 2)) * weight, value
 
 
@@ -177,32 +224,27 @@ def test_rollout_reaches_the_update_unmixed(recorded, monkeypatch):
     """As test_paac.py's: values, rewards, ends and the values after them belong together."""
     monkeypatch.setattr(paac_atari_jax, "Agent", Reader)
     flags = ["--num-workers", "0", "--total-timesteps", "240", "--learning-rate", "0"]
-    _, updates = recorded(*flags, env_class=Scripted)
+    _, updates = recorded(*flags, make_env=Scripted)
     assert len(updates) == 12
     games = scripted_steps(4)
-    for gamma, ent_coef, vf_coef, choices, (rewards, terminations, truncations), final_values, next_value in updates:
-        np.testing.assert_allclose((gamma, ent_coef, vf_coef), (0.99, 0.01, 0.5))
+    for rollout, next_value, coefficients in updates:
+        np.testing.assert_allclose(coefficients, (0.99, 0.01, 0.5))
         steps = list(islice(games, 5))
         for t, (shown, last_shown, over, cut, _) in enumerate(steps):
-            actions, _, values = choices[t]
-            np.testing.assert_array_equal(values, shown)
-            np.testing.assert_array_equal(rewards[t], np.where(actions == 1, 3.0, -0.5))
-            np.testing.assert_array_equal(terminations[t], over)
-            np.testing.assert_array_equal(truncations[t], cut)
-            np.testing.assert_array_equal(final_values[t][cut], last_shown[cut])
+            rewards = np.where(rollout["actions"][t] == 1, 3.0, -0.5)
+            np.testing.assert_array_equal(rollout["values"][t], shown)
+            np.testing.assert_array_equal(rollout["rewards"][t], rewards)
+            np.testing.assert_array_equal(rollout["terminations"][t], over)
+            np.testing.assert_array_equal(rollout["truncations"][t], cut)
+            np.testing.assert_array_equal(rollout["final_values"][t][cut], last_shown[cut])
         np.testing.assert_array_equal(next_value, steps[-1][-1])
 
 
 def test_rmsprop_is_the_papers():
-    """As test_paac.py's test_rmsprop_by_hand: mean square 1 -> 0.99 + 0.01 * 4 = 1.03; epsilon 0.41 inside the root: 1.2."""
-    optimizer = paac_atari_jax.make_optimizer(paac_atari_jax.Args(optimizer="rmsprop", optimizer_epsilon=0.41, max_grad_norm=100))
+    """As test_paac.py's test_rmsprop_by_hand: mean square 1 -> 0.99 + 0.01 * 4 = 1.03; epsilon 0.41
+    inside the root: 1.2."""
+    optimizer = paac_atari_jax.make_optimizer(
+        paac_atari_jax.Args(optimizer="rmsprop", optimizer_epsilon=0.41, max_grad_norm=100)
+    )
     updates, _ = optimizer.update(jnp.array([2.0]), optimizer.init(jnp.array([10.0])))
     assert updates[0] == pytest.approx(2 / 1.2, rel=1e-6)
-
-
-def test_profile_names_the_kernels(tmp_path):
-    result = run([sys.executable, ROOT / "utils" / "jax_kernels.py", "--num-envs", "2", "--updates", "2"], tmp_path)
-    assert result.returncode == 0, result.stderr
-    shares = {kind: float(ms) for ms, kind in re.findall(r"^\| ([\d.]+) \| \d+ % \| (.*) \|$", result.stdout, re.M)}
-    assert {"Conv_0 forward", "Conv_0 weight gradient", "Conv_1 input gradient", "copies into another layout"} <= shares.keys()
-    assert shares.pop("all else") < sum(shares.values())

@@ -1,4 +1,5 @@
-"""PAAC: returns, loss, gradients and optimiser against numbers worked out by hand or by an independent reference."""
+"""PAAC: returns, loss, gradients and optimiser against numbers worked out by hand or by an
+independent reference."""
 
 from itertools import islice
 
@@ -12,23 +13,57 @@ import paac_atari
 
 TORCH = [script for script in SCRIPTS if script != "paac_atari_jax"]
 
-# One game over five steps: rewards, what ends where, what follows the last step, and the returns worked out by hand (gamma 0.5).
+# One game over five steps: rewards, what ends where, what follows the last step, and the returns
+# worked out by hand (gamma 0.5).
 NOTHING, TERMINATED, TRUNCATED = 0, 1, 2
+# Also a lost life
+# V(final observation) = 40
 HAND_COMPUTED = {
     "goes on": ([1, 0, 0, 2, 0], [0, 0, 0, 0, 0], 8.0, [1.5, 1.0, 2.0, 4.0, 4.0]),
-    "terminates": ([1, 0, 4, 2, 0], [0, 0, TERMINATED, 0, 0], 8.0, [2.0, 2.0, 4.0, 4.0, 4.0]),  # also a lost life
-    "is truncated": ([1, 0, 4, 2, 0], [0, 0, TRUNCATED, 0, 0], 8.0, [7.0, 12.0, 24.0, 4.0, 4.0]),  # V(final observation) = 40
-    "terminates at the last step": ([0, 0, 0, 0, 1], [0, 0, 0, 0, TERMINATED], 8.0, [0.0625, 0.125, 0.25, 0.5, 1.0]),
-    "is truncated at the last step": ([0, 0, 0, 0, 1], [0, 0, 0, 0, TRUNCATED], 8.0, [1.3125, 2.625, 5.25, 10.5, 21.0]),
-    "ends twice": ([0, 1, 0, 1, 0], [0, TERMINATED, 0, TRUNCATED, 0], 8.0, [0.5, 1.0, 10.5, 21.0, 4.0]),
+    "terminates": (
+        [1, 0, 4, 2, 0],
+        [0, 0, TERMINATED, 0, 0],
+        8.0,
+        [2.0, 2.0, 4.0, 4.0, 4.0],
+    ),
+    "is truncated": (
+        [1, 0, 4, 2, 0],
+        [0, 0, TRUNCATED, 0, 0],
+        8.0,
+        [7.0, 12.0, 24.0, 4.0, 4.0],
+    ),
+    "terminates at the last step": (
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0, TERMINATED],
+        8.0,
+        [0.0625, 0.125, 0.25, 0.5, 1.0],
+    ),
+    "is truncated at the last step": (
+        [0, 0, 0, 0, 1],
+        [0, 0, 0, 0, TRUNCATED],
+        8.0,
+        [1.3125, 2.625, 5.25, 10.5, 21.0],
+    ),
+    "ends twice": (
+        [0, 1, 0, 1, 0],
+        [0, TERMINATED, 0, TRUNCATED, 0],
+        8.0,
+        [0.5, 1.0, 10.5, 21.0, 4.0],
+    ),
 }
 
 
 def returns_of(rewards, ends, next_value, final_value=40.0, gamma=0.5):
     ends = torch.tensor(ends)
-    final_values = torch.where(ends == TRUNCATED, final_value, -1e6)  # where nothing was truncated it must not matter
+    # Where nothing was truncated it must not matter
+    final_values = torch.where(ends == TRUNCATED, final_value, -1e6)
     return paac_atari.compute_returns(
-        torch.tensor(rewards, dtype=torch.float32), ends == TERMINATED, ends == TRUNCATED, final_values, next_value, gamma
+        torch.tensor(rewards, dtype=torch.float32),
+        ends == TERMINATED,
+        ends == TRUNCATED,
+        final_values,
+        next_value,
+        gamma,
     )
 
 
@@ -41,17 +76,25 @@ def test_returns_by_hand(case):
 
 def test_terminated_and_truncated_at_once_is_terminated():
     yes = torch.tensor([[True]])
-    returns = paac_atari.compute_returns(torch.ones(1, 1), yes, yes, torch.full((1, 1), 9.0), torch.tensor([9.0]), 0.99)
+    returns = paac_atari.compute_returns(
+        torch.ones(1, 1), yes, yes, torch.full((1, 1), 9.0), torch.tensor([9.0]), 0.99
+    )
     assert returns.item() == 1.0
 
 
 def test_returns_against_their_definition():
-    """Against the sum of discounted rewards up to the end of the episode or rollout, each written out forwards."""
+    """Against the sum of discounted rewards up to the end of the episode or rollout, each written
+    out forwards."""
     generator = np.random.default_rng(0)
     num_steps, num_envs, gamma = 20, 50, 0.97
     rewards = generator.normal(size=(num_steps, num_envs))
-    ends = generator.choice([NOTHING, TERMINATED, TRUNCATED], p=[0.8, 0.1, 0.1], size=(num_steps, num_envs))
-    final_values, next_value = generator.normal(size=(num_steps, num_envs)), generator.normal(size=num_envs)
+    ends = generator.choice(
+        [NOTHING, TERMINATED, TRUNCATED], p=[0.8, 0.1, 0.1], size=(num_steps, num_envs)
+    )
+    final_values, next_value = (
+        generator.normal(size=(num_steps, num_envs)),
+        generator.normal(size=num_envs),
+    )
     expected = np.zeros((num_steps, num_envs))
     for start in range(num_steps):
         for game in range(num_envs):
@@ -75,7 +118,9 @@ def test_loss_and_gradient_without_autograd():
     values = torch.randn(5, 8, generator=generator, dtype=torch.float64).requires_grad_()
     actions = torch.randint(6, (5, 8), generator=generator)
     returns = torch.randn(5, 8, generator=generator, dtype=torch.float64)
-    loss, policy_loss, value_loss, entropy = paac_atari.compute_loss(logits, values, actions, returns, 0.02, 0.3)
+    loss, policy_loss, value_loss, entropy = paac_atari.compute_loss(
+        logits, values, actions, returns, 0.02, 0.3
+    )
     loss.backward()
 
     z, v, r, a = logits.detach().numpy(), values.detach().numpy(), returns.numpy(), actions.numpy()
@@ -86,15 +131,23 @@ def test_loss_and_gradient_without_autograd():
     np.testing.assert_allclose(policy_loss.item(), expected_policy_loss, rtol=1e-10)
     np.testing.assert_allclose(value_loss.item(), np.mean((r - v) ** 2), rtol=1e-10)
     np.testing.assert_allclose(entropy.item(), np.mean(h), rtol=1e-10)
-    np.testing.assert_allclose(loss.item(), expected_policy_loss - 0.02 * np.mean(h) + 0.3 * np.mean((r - v) ** 2), rtol=1e-10)
-    grad_policy = (p - chosen) * (r - v)[..., None]  # d/dz of -log p(a) times the advantage, a constant
+    np.testing.assert_allclose(
+        loss.item(),
+        expected_policy_loss - 0.02 * np.mean(h) + 0.3 * np.mean((r - v) ** 2),
+        rtol=1e-10,
+    )
+    # D/dz of -log p(a) times the advantage, a constant
+    grad_policy = (p - chosen) * (r - v)[..., None]
     grad_entropy = -p * (np.log(p) + h[..., None])  # dH/dz
-    np.testing.assert_allclose(logits.grad.numpy(), (grad_policy - 0.02 * grad_entropy) / 40, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(
+        logits.grad.numpy(), (grad_policy - 0.02 * grad_entropy) / 40, rtol=1e-8, atol=1e-12
+    )
     np.testing.assert_allclose(values.grad.numpy(), 0.3 * 2 * (v - r) / 40, rtol=1e-10)
 
 
 def test_rmsprop_by_hand():
-    """mean square 1 -> 0.9 * 1 + 0.1 * 4 = 1.3 -> 0.9 * 1.3 + 0.1 * 1 = 1.27; epsilon 0.14, then 0.42 inside the root."""
+    """mean square 1 -> 0.9 * 1 + 0.1 * 4 = 1.3 -> 0.9 * 1.3 + 0.1 * 1 = 1.27; epsilon 0.14, then
+    0.42 inside the root."""
     weight = torch.nn.Parameter(torch.tensor([10.0], dtype=torch.float64))
     optimizer = paac_atari.RMSpropTF([weight], lr=0.6, alpha=0.9, eps=0.14)
     weight.grad = torch.tensor([2.0], dtype=torch.float64)
@@ -107,33 +160,41 @@ def test_rmsprop_by_hand():
 
 
 @pytest.mark.parametrize(
-    "arch, sizes", [("nips", [4112, 8224, 663808, 1542, 257]), ("nature", [8224, 32832, 36928, 1606144, 3078, 513])]
+    "arch, sizes",
+    [
+        ("nips", [4112, 8224, 663808, 1542, 257]),
+        ("nature", [8224, 32832, 36928, 1606144, 3078, 513]),
+    ],
 )
 def test_network(arch, sizes):
-    """Layers of the papers; the initial policy is nearly uniform; uint8 in any grouping of the games."""
+    """Layers of the papers; the initial policy is nearly uniform; uint8 in any grouping of the
+    games."""
     torch.manual_seed(0)
     agent = paac_atari.Agent(6, arch)
     layers = [m for m in agent.modules() if hasattr(m, "weight")]
     assert [layer.weight.numel() + layer.bias.numel() for layer in layers] == sizes
-    obs = torch.randint(256, (2, 3, 4, 84, 84), dtype=torch.uint8)
+    obs = torch.randint(256, (6, 4, 84, 84), dtype=torch.uint8)
     logits, values = agent(obs)
     assert logits.shape == (6, 6) and values.shape == (6,)
     assert (logits.softmax(-1) - 1 / 6).abs().max() < 0.01
     for game in range(6):  # each alone gives what it gave in the batch
-        alone, _ = agent(obs.flatten(0, 1)[game : game + 1])
+        alone, _ = agent(obs[game : game + 1])
         torch.testing.assert_close(alone[0], logits[game], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("script", TORCH, indirect=True)
 @pytest.mark.parametrize("arch", ["nips", "nature"])
 def test_network_init_by_default(script, arch):
-    """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the squared gain. Of all scripts."""
+    """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the
+    squared gain. Of all scripts."""
     for name, layer in script.Agent(6, arch).named_modules():
         if hasattr(layer, "weight"):
             gain = {"policy": 0.01, "value": 1.0, "q": 1.0}.get(name, 2**0.5)
             weight = layer.weight.detach().flatten(1)
             weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
-            torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5
+            )
             assert not layer.bias.any()
 
 
@@ -150,21 +211,23 @@ def test_network_init_of_the_paper(script):
 
 
 class Reader(torch.nn.Module):
-    """In the network's place: the value of an observation is the number Scripted wrote on it; both actions are equally likely."""
+    """In the network's place: the value of an observation is the number Scripted wrote on it; both
+    actions are equally likely."""
 
     def __init__(self, *args):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, obs):
-        value = obs.flatten(0, -4)[:, 3, 0, 0].float() * self.weight
+        value = obs[:, 3, 0, 0].float() * self.weight
         return torch.zeros(len(value), 2) * self.weight, value
 
 
 @pytest.mark.parametrize("num_steps", [4, 5])
 def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path, num_steps):
-    """Every value belongs to the observation acted on, every reward to its action, the bootstrap to the observation after
-    the last step and, at a time limit, to the game's last one. Scripted's observations are numbered, so all of it is known."""
+    """Every value belongs to the observation acted on, every reward to its action, the bootstrap to
+    the observation after the last step and, at a time limit, to the game's last one. Scripted's
+    observations are numbered, so all of it is known."""
     rollouts = []
 
     def compute_returns(*inputs):
@@ -181,29 +244,29 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
     monkeypatch.setattr(paac_atari, "Agent", Reader)
     monkeypatch.setattr(Scripted, "created", 0)
     monkeypatch.chdir(tmp_path)
-    args = paac_atari.parse_args(
-        [
-            *small(paac_atari),
-            "--num-workers",
-            "0",
-            "--num-steps",
-            str(num_steps),
-            "--total-timesteps",
-            "240",
-            "--learning-rate",
-            "0",
-        ]
-    )
+    flags = f"--num-workers 0 --num-steps {num_steps} --total-timesteps 240 --learning-rate 0"
+    args = paac_atari.parse_args([*small(paac_atari), *flags.split()])
     paac_atari.train(args, Scripted)
 
     assert len(rollouts) == -(-240 // (4 * num_steps))
     games = scripted_steps(4)
-    for rewards, terminations, truncations, final_values, next_value, gamma, values, actions, returns in rollouts:
+    for (
+        rewards,
+        terminations,
+        truncations,
+        final_values,
+        next_value,
+        gamma,
+        values,
+        actions,
+        returns,
+    ) in rollouts:
         assert gamma == 0.99
         steps = list(islice(games, num_steps))
         for t, (shown, last_shown, over, cut, _) in enumerate(steps):
             np.testing.assert_array_equal(values[t], shown)
-            np.testing.assert_array_equal(rewards[t], np.where(actions[t] == 1, 1.0, -0.5))  # 3 was clipped to 1
+            # 3 was clipped to 1
+            np.testing.assert_array_equal(rewards[t], np.where(actions[t] == 1, 1.0, -0.5))
             np.testing.assert_array_equal(terminations[t], over)
             np.testing.assert_array_equal(truncations[t], cut)
             np.testing.assert_array_equal(final_values[t][cut], last_shown[cut])

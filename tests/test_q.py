@@ -1,4 +1,5 @@
-"""The value-based scripts: targets, exploration, target network and loss against numbers worked out by hand."""
+"""The value-based scripts: targets, exploration, target network and loss against numbers worked out
+by hand."""
 
 import importlib
 import re
@@ -23,7 +24,8 @@ def script(request):
 
 @pytest.mark.parametrize("name", ONE_STEP)
 def test_targets_by_hand(name):
-    """gamma 0.5: goes on, goes on with a reward, terminated, truncated, and both at once, which is terminated."""
+    """gamma 0.5: goes on, goes on with a reward, terminated, truncated, and both at once, which is
+    terminated."""
     compute_targets = importlib.import_module(name).compute_targets
     rewards = torch.tensor([[0.0, 1.0, -1.0, 1.0, 1.0]])
     terminations = torch.tensor([[False, False, True, False, True]])
@@ -35,12 +37,15 @@ def test_targets_by_hand(name):
 
 
 def test_one_step_returns_are_the_one_step_targets():
-    """n-step Q's returns of a single step and one-step Q's targets are written differently, but the same."""
+    """n-step Q's returns of a single step and one-step Q's targets are written differently, but the
+    same."""
     nstep, one_step = (importlib.import_module(name) for name in Q_SCRIPTS[:2])
     generator = torch.Generator().manual_seed(0)
     rewards, final_values, next_values = torch.randn(3, 7, 50, generator=generator)
     terminations, truncations = torch.rand(2, 7, 50, generator=generator) < 0.3
-    targets = one_step.compute_targets(rewards, terminations, truncations, final_values, next_values, 0.9)
+    targets = one_step.compute_targets(
+        rewards, terminations, truncations, final_values, next_values, 0.9
+    )
     for t in range(7):
         step = (x[t : t + 1] for x in (rewards, terminations, truncations, final_values))
         torch.testing.assert_close(nstep.compute_returns(*step, next_values[t], 0.9)[0], targets[t])
@@ -60,7 +65,8 @@ def test_loss_and_gradient_without_autograd(script):
 
 
 def test_epsilon_greedy(script):
-    """Random with probability epsilon, each game with its own; a random action may be the best one."""
+    """Random with probability epsilon, each game with its own; a random action may be the best
+    one."""
     torch.manual_seed(0)
     epsilons = torch.tensor([0.0, 0.1, 0.5, 1.0]).repeat_interleave(100_000)
     q_values = torch.tensor([0.0, 3.0, 2.0, 1.0]).expand(len(epsilons), 4)
@@ -72,24 +78,30 @@ def test_epsilon_greedy(script):
 
 
 class Reader(torch.nn.Module):
-    """In the network's place: Q(s, a) is the number that Scripted wrote on the observation, plus 0.5 for action 1, the best."""
+    """In the network's place: Q(s, a) is the number that Scripted wrote on the observation, plus
+    0.5 for action 1, the best."""
 
     def __init__(self, *args):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, obs):
-        number = obs.flatten(0, -4)[:, 3, 0, 0].float() * self.weight
+        number = obs[:, 3, 0, 0].float() * self.weight
         return torch.stack([number, number + 0.5], 1)
 
 
 @pytest.fixture
 def recorded(script, monkeypatch, tmp_path):
-    """recorded(*flags) trains on Scripted with Reader and returns, per update, what reached the targets and the loss, the weight
-    of network and target network at the time of the loss; and the epsilons of every choice."""
+    """recorded(*flags) trains on Scripted with Reader and returns, per update, what reached the
+    targets and the loss, the weight of network and target network at the time of the loss; and the
+    epsilons of every choice."""
     rollouts, epsilons, agents, targets = [], [], [], []
     name = "compute_returns" if hasattr(script, "compute_returns") else "compute_targets"
-    compute_targets, compute_loss, epsilon_greedy = getattr(script, name), script.compute_loss, script.epsilon_greedy
+    compute_targets, compute_loss, epsilon_greedy = (
+        getattr(script, name),
+        script.compute_loss,
+        script.epsilon_greedy,
+    )
 
     def record_targets(*inputs):
         names = ("rewards", "terminations", "truncations", "final_values", "next_values", "gamma")
@@ -97,8 +109,15 @@ def recorded(script, monkeypatch, tmp_path):
         return compute_targets(*inputs)
 
     def record_loss(q_values, actions, returns):
-        rollouts[-1] |= {"q_values": q_values.detach().clone(), "actions": actions.clone(), "targets": returns.clone()}
-        rollouts[-1] |= {"target_weight": targets[0].weight.item(), "weight": agents[0].weight.item()}
+        rollouts[-1] |= {
+            "q_values": q_values.detach().clone(),
+            "actions": actions.clone(),
+            "targets": returns.clone(),
+        }
+        rollouts[-1] |= {
+            "target_weight": targets[0].weight.item(),
+            "weight": agents[0].weight.item(),
+        }
         return compute_loss(q_values, actions, returns)
 
     def record_epsilons(q_values, eps):
@@ -120,7 +139,10 @@ def recorded(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def train(*flags):
-        script.train(script.parse_args([*small(script), "--num-workers", "0", "--num-steps", "5", *flags]), Scripted)
+        script.train(
+            script.parse_args([*small(script), "--num-workers", "0", "--num-steps", "5", *flags]),
+            Scripted,
+        )
         return rollouts, epsilons
 
     return train
@@ -128,10 +150,19 @@ def recorded(script, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded, num_steps):
-    """Every Q-value belongs to the observation acted on, every reward to its action, what follows a step to the observation
-    after it, at a time limit to the game's last one. Sarsa's targets differ from Q's exactly where the next action is not the
-    best."""
-    flags = ["--total-timesteps", "400", "--learning-rate", "0", "--exploration-steps", "1000000", "--num-steps", str(num_steps)]
+    """Every Q-value belongs to the observation acted on, every reward to its action, what follows a
+    step to the observation after it, at a time limit to the game's last one. Sarsa's targets differ
+    from Q's exactly where the next action is not the best."""
+    flags = [
+        "--total-timesteps",
+        "400",
+        "--learning-rate",
+        "0",
+        "--exploration-steps",
+        "1000000",
+        "--num-steps",
+        str(num_steps),
+    ]
     rollouts, _ = recorded(*flags)
     assert len(rollouts) == 100 / num_steps
     sarsa, nstep = "sarsa" in script.__name__, "nstep" in script.__name__
@@ -140,11 +171,14 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded, num_
         steps = list(islice(games, num_steps))
         for t, (shown, last_shown, over, cut, next_shown) in enumerate(steps):
             np.testing.assert_array_equal(r["q_values"][t], np.stack([shown, shown + 0.5], 1))
-            np.testing.assert_array_equal(r["rewards"][t], np.where(r["actions"][t] == 1, 1.0, -0.5))
+            np.testing.assert_array_equal(
+                r["rewards"][t], np.where(r["actions"][t] == 1, 1.0, -0.5)
+            )
             np.testing.assert_array_equal(r["terminations"][t], over)
             np.testing.assert_array_equal(r["truncations"][t], cut)
             final = r["final_values"][t].numpy()[cut] - last_shown[cut]
-            assert np.isin(final, (0, 0.5)).all() if sarsa else (final == 0.5).all()  # Sarsa's action is drawn but never taken
+            # Sarsa's action is drawn but never taken
+            assert np.isin(final, (0, 0.5)).all() if sarsa else (final == 0.5).all()
             last = t == num_steps - 1
             if sarsa and not (last and r is rollouts[-1]):
                 taken = (rollouts[i + 1]["actions"][0] if last else r["actions"][t + 1]).numpy()
@@ -157,15 +191,27 @@ def test_rollout_reaches_the_targets_and_the_loss_unmixed(script, recorded, num_
         after = r["next_values"].numpy()
         for t, (_, _, over, cut, _) in reversed(list(enumerate(steps))):
             after = after if nstep else r["next_values"][t].numpy()
-            after = r["rewards"][t].numpy() + 0.99 * np.where(over, 0, np.where(cut, r["final_values"][t], after))
+            after = r["rewards"][t].numpy() + 0.99 * np.where(
+                over, 0, np.where(cut, r["final_values"][t], after)
+            )
             np.testing.assert_allclose(r["targets"][t], after, rtol=1e-5, atol=1e-5)
     assert not sarsa or differing > 50
 
 
 def test_epsilon_of_each_game_over_time(recorded):
-    """From 1 to its final epsilon within --exploration-steps, then constant; final epsilons go round the games."""
+    """From 1 to its final epsilon within --exploration-steps, then constant; final epsilons go
+    round the games."""
     _, epsilons = recorded(
-        "--total-timesteps", "400", "--exploration-steps", "200", "--final-epsilons", "0.1", "0.02", "0.5", "--learning-rate", "0"
+        "--total-timesteps",
+        "400",
+        "--exploration-steps",
+        "200",
+        "--final-epsilons",
+        "0.1",
+        "0.02",
+        "0.5",
+        "--learning-rate",
+        "0",
     )
     final = torch.tensor([0.1, 0.02, 0.5, 0.1])
     seen = torch.stack(epsilons).unique(dim=0).flip(0)
@@ -176,14 +222,18 @@ def test_epsilon_of_each_game_over_time(recorded):
 
 def test_command_of_the_papers_setting_has_its_distribution_of_epsilons(script):
     """{0.1, 0.01, 0.5} with probabilities {0.4, 0.3, 0.3}, over 10 games as exactly as it goes."""
-    (command,) = re.findall(r"^python nstep_q_atari.py (.*--final-epsilons.*)", (ROOT / "README.md").read_text(), re.M)
+    (command,) = re.findall(
+        r"^python nstep_q_atari.py (.*--final-epsilons.*)", (ROOT / "README.md").read_text(), re.M
+    )
     args = script.parse_args(shlex.split(command))
     assert Counter(args.final_epsilons) == {0.1: 4, 0.01: 3, 0.5: 3}
     assert (args.exploration_steps, args.target_interval) == (1_000_000, 10_000)
 
 
 def test_target_network_changes_only_when_due(recorded):
-    rollouts, _ = recorded("--total-timesteps", "400", "--target-interval", "100", "--optimizer", "rmsprop")
+    rollouts, _ = recorded(
+        "--total-timesteps", "400", "--target-interval", "100", "--optimizer", "rmsprop"
+    )
     weights = [r["weight"] for r in rollouts]
     assert len(set(weights)) == 20  # the network itself changes in every update
     for update, r in enumerate(rollouts):

@@ -1,4 +1,5 @@
-"""The README's commands are real: each parses with the flags and files it names, and the short ones run."""
+"""The README's commands are real: each parses with the flags and files it names, and the short ones
+run."""
 
 import re
 import shlex
@@ -24,7 +25,9 @@ def test_there_are_commands():
     assert "python -m pytest" in COMMANDS
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match(r"python \w+\.py|python utils/|torchrun ", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.match(r"python \w+\.py|python utils/|torchrun ", c)]
+)
 def test_command_parses(command):
     launcher, *words = shlex.split(command)
     if launcher == "torchrun":
@@ -40,12 +43,23 @@ def test_every_flag_in_the_readme_exists():
     """Flags in the tables and the text, too."""
     known = "".join(p.read_text() for p in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")])
     for flag in set(re.findall(r"`--(?:no-)?([a-z][a-z0-9-]+)", (ROOT / "README.md").read_text())):
-        assert re.search(rf"\b{flag.replace('-', '_')}: ", known) or f"--{flag}" in TORCHRUN.format_help(), flag
+        assert (
+            re.search(rf"\b{flag.replace('-', '_')}: ", known)
+            or f"--{flag}" in TORCHRUN.format_help()
+        ), flag
 
 
 def test_trained_agent_can_be_watched(tmp_path):
     """The checkpoint that comes along plays a game of Pong, and plays it well."""
-    evaluate = [sys.executable, ROOT / "utils" / "evaluate.py", ROOT / "trained" / "pong.pt", "--episodes", 2, "--num-envs", 2]
+    evaluate = [
+        sys.executable,
+        ROOT / "utils" / "evaluate.py",
+        ROOT / "trained" / "pong.pt",
+        "--episodes",
+        2,
+        "--num-envs",
+        2,
+    ]
     result = run([*evaluate, "--video", "pong.gif", "--video-seconds", 2], tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"score (-?[\d.]+)", result.stdout).group(1)) > 10

@@ -15,16 +15,22 @@ def test_medians_and_ratios_are_those_of_the_rounds(capsys):
 
     speeds = {"slow": [10.0, 20.0, 40.0], "fast": [20.0, 60.0, 80.0]}
     rows = throughput.table("title", speeds, "slow")
-    assert [(row["name"], row["steps_per_second"], row["ratio"]) for row in rows] == [("slow", 20, 1), ("fast", 60, 2)]
+    assert [(row["name"], row["steps_per_second"], row["ratio"]) for row in rows] == [
+        ("slow", 20, 1),
+        ("fast", 60, 2),
+    ]
     assert "| 60 | 2.00 | 20 - 80 | fast |" in capsys.readouterr().out
 
 
 def test_pipelines_take_turns(monkeypatch):
-    """Both get their seconds in slices of 0.3, and each step counts for all games. The clock is the test's: a step's length."""
+    """Both get their seconds in slices of 0.3, and each step counts for all games. The clock is the
+    test's: a step's length."""
     import throughput
 
     order, lengths = [], {"slow": 0.1, "fast": 0.02}
-    monkeypatch.setattr(throughput.time, "perf_counter", lambda: sum(lengths[name] for name in order))
+    monkeypatch.setattr(
+        throughput.time, "perf_counter", lambda: sum(lengths[name] for name in order)
+    )
     steps = {name: lambda name=name: order.append(name) for name in lengths}
     assert throughput.alternate(steps, 8, 0.7) == pytest.approx({"slow": 80, "fast": 400})
     assert sum(one != other for one, other in pairwise(order)) >= 3
@@ -35,8 +41,14 @@ def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):
 
     import paac_atari
 
-    counts, make_envs = [], paac_atari.make_envs
-    monkeypatch.setattr(paac_atari, "make_envs", lambda args: counts.append((args.num_workers, args.num_envs)) or make_envs(args))
+    counts = []
+
+    class Counted(paac_atari.WorkerPool):
+        def __init__(self, args, make_env):
+            counts.append((args.num_workers, args.num_envs))
+            super().__init__(args, make_env)
+
+    monkeypatch.setattr(paac_atari, "WorkerPool", Counted)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
     pipelines, _, close = throughput.game_pipelines(throughput.Args(num_envs=4, seconds=0.1))
     close()
@@ -45,11 +57,28 @@ def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):
 
 
 def test_all_parts(tmp_path):
-    cmd = [sys.executable, ROOT / "utils" / "throughput.py", "--rounds", 1, "--num-envs", 4, "--num-workers", 2]
-    result = run([*cmd, "--seconds", 0.3, "--train-seconds", 1, "--networks", "nips", "--sweep", 4], tmp_path, timeout=300)
+    cmd = [
+        sys.executable,
+        ROOT / "utils" / "throughput.py",
+        "--rounds",
+        1,
+        "--num-envs",
+        4,
+        "--num-workers",
+        2,
+    ]
+    result = run(
+        [*cmd, "--seconds", 0.3, "--train-seconds", 1, "--networks", "nips", "--sweep", 4],
+        tmp_path,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "throughput.json").read_text())
     assert [len(report[part]) for part in ("games", "training", "sweep")] == [4, 1, 2]
-    assert all(row["steps_per_second"] > 0 for part in ("games", "training", "sweep") for row in report[part])
+    assert all(
+        row["steps_per_second"] > 0
+        for part in ("games", "training", "sweep")
+        for row in report[part]
+    )
     assert all(sum(row["split"].values()) == pytest.approx(1, abs=1e-4) for row in report["sweep"])
     assert (tmp_path / "throughput.png").stat().st_size > 10_000

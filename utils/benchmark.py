@@ -1,15 +1,17 @@
-"""Train scripts x games x numbers of games x seeds, as many side by side as fit, and put the scores beside the published ones.
+"""Train scripts x games x numbers of games x seeds, as many side by side as fit, and put the scores
+beside the published ones.
 
-    python utils/benchmark.py --games Pong Breakout --seeds 1 2 3        # paac_atari.py with its default setting
-    python utils/benchmark.py --scripts paac_atari nstep_q_atari --games Breakout --flags="--total-timesteps 2000000"
-    python utils/benchmark.py --scripts paac_atari a3c_atari --hours 1   # the same cores for the same time each
-    python utils/benchmark.py --games Pong --steps 2e6                   # the first 2M steps of a run of 10M
-    python utils/benchmark.py --runs runs.txt                            # any command lines, one per line; --flags come last
+    python utils/benchmark.py --games Pong Breakout --seeds 1 2 3        # paac_atari.py's default
+    python utils/benchmark.py --scripts paac_atari nstep_q_atari --flags="--total-timesteps 2000000"
+    python utils/benchmark.py --scripts paac_atari a3c_atari --hours 1   # the same time each
+    python utils/benchmark.py --games Pong --steps 2e6                   # 2M steps of a run of 10M
+    python utils/benchmark.py --runs runs.txt                            # a command line per line
 
-The same command again goes on with whatever is unfinished; Ctrl-C stops all runs with a checkpoint each. A run that fails is
-resumed --retries times and, if that does not help, reported: the table is still made, and the exit code is 1. Runs go to runs/,
-what they print to NAME/*.log, the results to NAME.md, NAME.csv, and as curves to NAME_steps.png and .csv, NAME_hours.png and .csv
-(NAME: --out); sources of the published numbers: published/README.md.
+The same command again resumes whatever is unfinished; Ctrl-C stops all runs with a checkpoint each.
+A run that fails is resumed --retries times and, if that does not help, reported: the table is still
+made, and the exit code is 1. Runs go to runs/, what they print to NAME/*.log, the results to
+NAME.md, NAME.csv, and as curves to NAME_steps.png and .csv, NAME_hours.png and .csv (NAME: --out);
+--flags come behind those of --runs. Sources of the published numbers: published/README.md.
 """
 
 import csv
@@ -36,7 +38,8 @@ import tyro
 from evaluate import human_normalised
 
 UTILS = Path(__file__).resolve().parent
-CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]  # macOS cannot give out its cores
+# macOS cannot give out its cores.
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
 PUBLISHED = {  # column: (file, column of the file)
     "random": ("human_random.csv", "random"),
     "human": ("human_random.csv", "human"),
@@ -54,17 +57,17 @@ PUBLISHED = {  # column: (file, column of the file)
 @dataclass
 class Args:
     scripts: list[str] = field(default_factory=lambda: ["paac_atari"])  # without .py
-    games: list[str] = field(default_factory=lambda: ["Pong"])  # Pong: PongNoFrameskip-v4; or whole ids
+    games: list[str] = field(default_factory=lambda: ["Pong"])  # names (NoFrameskip-v4), or ids
     seeds: list[int] = field(default_factory=lambda: [1])
-    num_envs: list[int] = field(default_factory=list)  # numbers of games in parallel; none: the script's own
+    num_envs: list[int] = field(default_factory=list)  # games in parallel; none: the script's own
     flags: str = ""  # more flags for all runs: --flags="--arch nature --num-steps 10"
-    runs: str | None = None  # instead: a file of command lines like "paac_atari.py --env-id ALE/Pong-v5 --seed 2"
-    parallel: int | None = None  # runs side by side, each with its share of the cores; none: as many as fit
-    steps: float = math.inf  # stop each run after so many agent steps, wherever its learning rate is by then
-    hours: float = math.inf  # stop each run after this time; the same command again goes on for as long
+    runs: str | None = None  # instead: a file of lines like "paac_atari.py --env-id ALE/Pong-v5"
+    parallel: int | None = None  # runs side by side, each with its share of the cores
+    steps: float = math.inf  # stop each run after so many agent steps, whatever its learning rate
+    hours: float = math.inf  # stop each run after this time; the same command goes on for as long
     retries: int = 2  # how often a failed run is resumed
-    budgets: list[float] = field(default_factory=list)  # a table after so many steps each; none: at the end of the runs
-    window: int = 200_000  # a score is the mean of the points of the curve in the last so many steps
+    budgets: list[float] = field(default_factory=list)  # steps of each table; none: at the end
+    window: int = 200_000  # a score is the mean of the curve's points in the last so many steps
     out: str = "benchmark"  # name of the results and of the folder of the logs
 
 
@@ -82,16 +85,26 @@ class Run:
 
     def find_folder(self):
         """The run folder with which the script would go on, or None."""
-        return importlib.import_module(self.script).parse_args([*self.flags, "--resume", "auto"]).resume
+        return (
+            importlib.import_module(self.script)
+            .parse_args([*self.flags, "--resume", "auto"])
+            .resume
+        )
 
 
 def plan(args):
     """All runs; a mistyped game or flag ends here, in the script's own words."""
     if args.runs:
-        lines = [line for line in Path(args.runs).read_text().splitlines() if line.strip() and not line.startswith("#")]
+        lines = [
+            line
+            for line in Path(args.runs).read_text().splitlines()
+            if line.strip() and not line.startswith("#")
+        ]
     else:
         lines = []
-        for script, game, n, seed in itertools.product(args.scripts, args.games, args.num_envs or [None], args.seeds):
+        for script, game, n, seed in itertools.product(
+            args.scripts, args.games, args.num_envs or [None], args.seeds
+        ):
             env_id = game if game in gym.registry else f"{game}NoFrameskip-v4"
             size = f"--num-envs {n} --exp-name {script}-{n}" if n else ""
             lines.append(f"{script}.py --env-id {env_id} --seed {seed} {size}")
@@ -122,23 +135,35 @@ def train(run, args, stopping):
             return
         run.error = None
         folder = run.find_folder()
-        if folder and importlib.import_module(run.script).load_checkpoint(folder)["global_step"] >= args.steps:
+        if (
+            folder
+            and importlib.import_module(run.script).load_checkpoint(folder)["global_step"]
+            >= args.steps
+        ):
             return
         say(f"{'start' if attempt == 0 else 'again'}: {run.name}")
         with open(log, "a+", errors="replace") as file:
             start, cause = file.tell(), None
-            process = subprocess.Popen(list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
             while process.returncode is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1)
                 file.seek(start)
                 output = file.read()
-                steps = [0] + [int(n.replace(",", "")) for n in re.findall(r"^step ([\d,]+) of", output, re.MULTILINE)]
+                steps = [0] + [
+                    int(n.replace(",", ""))
+                    for n in re.findall(r"^step ([\d,]+) of", output, re.MULTILINE)
+                ]
                 is_over = time.monotonic() > deadline or steps[-1] >= args.steps
                 if not cause and (is_over or stopping.is_set()):
                     cause = "over" if is_over else "stopped"
-                    process.send_signal(signal.SIGINT)  # only once: a second one ends a script without a checkpoint
-        if process.returncode == 0 or (cause == "over" and process.returncode == 128 + signal.SIGINT):
+                    # Only once: a second one ends a script without a checkpoint
+                    process.send_signal(signal.SIGINT)
+        if process.returncode == 0 or (
+            cause == "over" and process.returncode == 128 + signal.SIGINT
+        ):
             say(f"done:  {run.name}")
             return
         last_words = " ".join(output.split("\n")[-3:]).strip()[-300:]
@@ -150,22 +175,27 @@ def train(run, args, stopping):
 
 def published(env_id):
     """{column: score} of the game, as far as there are any."""
-    key = gym.spec(env_id).kwargs["game"]
+    key = gym.spec(env_id).kwargs.get("game")
     scores = {}
     for column, (name, source) in PUBLISHED.items():
         with open(UTILS / "published" / name, newline="") as file:
-            rows = {re.sub(r"[^a-z]+", "_", row["game"].lower()): row[source] for row in csv.DictReader(file)}
+            rows = {
+                re.sub(r"[^a-z]+", "_", row["game"].lower()): row[source]
+                for row in csv.DictReader(file)
+            }
         if rows.get(key):
             scores[column] = float(rows[key])
     return scores
 
 
 def measure(run, budget, window):
-    """Steps, hours and score at `budget` steps (None: at the run's end), or None if the run has not come so far."""
+    """Steps, hours and score at `budget` steps (None: at the run's end), or None if the run has not
+    come so far."""
     logged, _ = plot.read_run(run.folder, "charts/SPS", 1)  # has points also where no game ended
     xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
     budget = budget or logged["steps"][-1]
-    inside = (xs["steps"] > budget - window) & (xs["steps"] < 1.01 * budget)  # A3C ends some steps later
+    # A3C ends some steps later
+    inside = (xs["steps"] > budget - window) & (xs["steps"] < 1.01 * budget)
     if logged["steps"][-1] < 0.98 * budget or not inside.any():
         return None
     return budget, np.interp(budget, logged["steps"], logged["hours"]), scores[inside].mean()
@@ -179,8 +209,16 @@ def report(runs, budget, window):
             groups.setdefault((run.args.env_id, run.args.exp_name), []).append(result)
     for (env_id, name), results in sorted(groups.items()):
         steps, hours, scores = np.array(results).T
-        row = {"game": env_id, "run": name, "steps": steps.mean(), "seeds": len(scores), "score": scores.mean()}
-        row["standard error"] = np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+        row = {
+            "game": env_id,
+            "run": name,
+            "steps": steps.mean(),
+            "seeds": len(scores),
+            "score": scores.mean(),
+        }
+        row["standard error"] = (
+            np.std(scores, ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else None
+        )
         row["human-normalised %"] = human_normalised(env_id, row["score"])
         row["hours"], row["steps/s"] = hours.mean(), steps.sum() / hours.sum() / 3600
         rows.append(row | published(env_id))
@@ -188,15 +226,35 @@ def report(runs, budget, window):
 
 
 def write(rows, out):
-    columns = ["game", "run", "steps", "seeds", "score", "standard error", "human-normalised %", "hours", "steps/s", *PUBLISHED]
+    columns = [
+        "game",
+        "run",
+        "steps",
+        "seeds",
+        "score",
+        "standard error",
+        "human-normalised %",
+        "hours",
+        "steps/s",
+        *PUBLISHED,
+    ]
     columns = [c for c in columns if any(row.get(c) is not None for row in rows)]
     digits = {"steps": 0, "seeds": 0, "human-normalised %": 0, "hours": 2, "steps/s": 0}
 
     def show(row, column):
         value = row.get(column)
-        return "" if value is None else value if isinstance(value, str) else f"{value:z,.{digits.get(column, 1)}f}"
+        return (
+            ""
+            if value is None
+            else value
+            if isinstance(value, str)
+            else f"{value:z,.{digits.get(column, 1)}f}"
+        )
 
-    lines = [" | ".join(columns), "|".join("--:" if c not in ("game", "run") else ":--" for c in columns)]
+    lines = [
+        " | ".join(columns),
+        "|".join("--:" if c not in ("game", "run") else ":--" for c in columns),
+    ]
     lines += [" | ".join(show(row, c) for c in columns) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
     print(f"\n{table}")
@@ -212,7 +270,8 @@ def main(args):
     Path(args.out).mkdir(exist_ok=True)
     stopping, slots = threading.Event(), itertools.count()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup stays nohup
+        # Nohup stays nohup
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda *_: stopping.set())
     parallel = args.parallel or min(len(CORES), len(runs))
 
@@ -226,20 +285,30 @@ def main(args):
         list(pool.map(lambda run: train(run, args, stopping), runs))
     for run in runs:
         run.folder = run.find_folder()
-    ends = {None if args.hours < math.inf else min(args.steps, run.args.total_timesteps) for run in runs}
+    ends = {
+        None if args.hours < math.inf else min(args.steps, run.args.total_timesteps) for run in runs
+    }
     budgets = args.budgets or sorted(ends)
-    with_scores = [run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)]
+    with_scores = [
+        run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)
+    ]
     if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
         write(rows, args.out)
     else:
         print("no table: no run has come far enough")
-    for x, beside in (("steps", [UTILS / "published" / "paac_curves.csv"]), ("hours", [])) if with_scores else ():
+    for x, beside in (
+        (("steps", [UTILS / "published" / "paac_curves.csv"]), ("hours", [])) if with_scores else ()
+    ):
         curves = [str(path) for path in [run.folder for run in with_scores] + beside]
         plot.main(plot.Args(curves, x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
     failed = [run for run in runs if run.error]
     for run in failed:
         print(f"{run.name}: {run.error}", file=sys.stderr)
-    sys.exit(f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them" if failed else 0)
+    sys.exit(
+        f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them"
+        if failed
+        else 0
+    )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Learning curves of any number of runs as one figure: a panel per game, a line per algorithm, mean and spread over seeds.
+"""Learning curves of any number of runs as one figure: a panel per game, a line per algorithm, mean
+and spread over seeds.
 
-    python utils/plot.py runs/Pong*                                    # all runs of a game, x in agent steps
+    python utils/plot.py runs/Pong*                               # all runs of a game, over steps
     python utils/plot.py runs/* --x hours --out curves.png --csv curves.csv
-    python utils/plot.py runs/A runs/B --labels "default" "paper"      # one line per label, in the order of the runs
-    python utils/plot.py runs/* results/pong.csv                       # beside curves that an earlier --csv has kept
-    python utils/plot.py runs/Pong* utils/published/paac_curves.csv    # beside the PAAC paper's, as far as the runs go
+    python utils/plot.py runs/A runs/B --labels "default" "paper" # a line per label, in that order
+    python utils/plot.py runs/* results/pong.csv                  # beside what --csv has kept
+    python utils/plot.py runs/Pong* utils/published/paac_curves.csv  # beside the PAAC paper's
 
-Runs of the same game and the same label (or, without labels, the same --exp-name) are seeds of one line: it shows their mean, the
-shade lies between the lowest and the highest of them. A point is the mean score of the games that ended since the point before;
---smooth averages over that many points.
+Runs of the same game and the same label (or, without labels, the same --exp-name) are seeds of one
+line: it shows their mean, the shade lies between the lowest and the highest of them. A point is the
+mean score of the games that ended since the point before; --smooth averages over that many points.
 """
 
 import csv
@@ -29,8 +30,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 @dataclass
 class Args:
-    runs: Annotated[list[str], tyro.conf.Positional]  # run folders, or files written by --csv with the same --x
-    x: Literal["steps", "frames", "hours"] = "steps"  # agent steps, emulator frames (4 per step) or hours of training
+    # Run folders, or files written by --csv with the same --x
+    runs: Annotated[list[str], tyro.conf.Positional]
+    x: Literal["steps", "frames", "hours"] = (
+        "steps"  # agent steps, emulator frames (4 per step) or hours of training
+    )
     tag: str = "charts/episodic_return"  # any TensorBoard tag
     smooth: int = 20  # points to average over
     labels: list[str] | None = None  # one per run
@@ -51,8 +55,12 @@ def read_run(run_dir, tag, smooth):
     tags = read_tags(run_dir)
     if tag not in tags:
         sys.exit(f"{run_dir} has no {tag}: has a game ended yet?")
-    steps, values = np.array([p.step for p in tags[tag]], float), np.array([p.value for p in tags[tag]])
-    speed = tags["charts/SPS"]  # of each interval: summing up time leaves out pauses between stop and resume
+    steps, values = (
+        np.array([p.step for p in tags[tag]], float),
+        np.array([p.value for p in tags[tag]]),
+    )
+    # Of each interval: summing up time leaves out pauses between stop and resume
+    speed = tags["charts/SPS"]
     logged = np.array([p.step for p in speed], float)
     hours = np.cumsum(np.diff(logged, prepend=0) / [p.value for p in speed]) / 3600
     smooth = min(smooth, len(values))
@@ -81,7 +89,8 @@ def main(args):
     if args.labels and len(args.labels) != len(args.runs):
         sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
     panels, rows, ends, styles = {}, [], {}, {}
-    files_last = sorted(range(len(args.runs)), key=lambda i: args.runs[i].endswith(".csv"))  # these go as far as the runs
+    # These go as far as the runs
+    files_last = sorted(range(len(args.runs)), key=lambda i: args.runs[i].endswith(".csv"))
     for i in files_last:
         run = args.runs[i]
         if run.endswith(".csv"):
@@ -97,24 +106,40 @@ def main(args):
             end = min(x[-1], ends.get(env_id, -1 if ends else np.inf))
             if x[0] <= end:
                 inside = x < end
-                x, values = np.append(x[inside], end), np.append(values[inside], np.interp(end, x, values))
-                if args.labels and len({label for _, label, _ in curves}) == 1:  # a file of several keeps its own
+                x, values = (
+                    np.append(x[inside], end),
+                    np.append(values[inside], np.interp(end, x, values)),
+                )
+                # A file of several keeps its own
+                if args.labels and len({label for _, label, _ in curves}) == 1:
                     label = args.labels[i]
                 styles[label] = "-" if seed else "--"  # published curves have no seed
                 panels.setdefault(env_id, {}).setdefault(label, []).append((x, values))
                 rows += [(env_id, label, seed, f"{a:g}", f"{b:.4g}") for a, b in zip(x, values)]
 
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained"
+    )
     for axis, (env_id, lines) in zip(axes[0], panels.items()):
         for label, curves in lines.items():
-            grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 500)  # where all seeds have points
+            # Where all seeds have points
+            grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 500)
             values = np.stack([np.interp(grid, x, y) for x, y in curves])
             seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
             (line,) = axis.plot(grid, values.mean(0), styles[label], label=label + seeds)
             if len(curves) > 1:
-                axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+                axis.fill_between(
+                    grid,
+                    values.min(0),
+                    values.max(0),
+                    color=line.get_color(),
+                    alpha=0.2,
+                    linewidth=0,
+                )
         axis.set_title(env_id)
-        axis.set_xlabel({"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}[args.x])
+        axis.set_xlabel(
+            {"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}[args.x]
+        )
         axis.set_ylabel("score" if args.tag == "charts/episodic_return" else args.tag)
         axis.grid(alpha=0.3)
         axis.legend()

@@ -1,13 +1,14 @@
 """How fast are the games, and how fast is training? Everything in turn, several rounds, medians.
 
-    python utils/throughput.py                                        # about a quarter of an hour on 2 cores
-    python utils/throughput.py --parts games --rounds 3               # the environments alone
-    python utils/throughput.py --sb3-python /tmp/sb3/bin/python       # beside stable-baselines3, from its own venv
-    python utils/throughput.py --parts training --networks nips --scripts paac_atari nstep_q_atari  # one beside the other
+    python utils/throughput.py                                   # a quarter of an hour on 2 cores
+    python utils/throughput.py --parts games --rounds 3          # the environments alone
+    python utils/throughput.py --sb3-python /tmp/sb3/bin/python  # beside stable-baselines3
+    python utils/throughput.py --parts training --networks nips --scripts paac_atari nstep_q_atari
 
-Three parts. games: the same games with random actions through four pipelines, in agent steps/s. training: the scripts at
---num-envs with each of --networks. sweep: training over the number of games with the time split of the PAAC paper's Figure 2.
-Prints tables, writes throughput.json and, of the sweep, throughput.png. Run it on an otherwise idle machine.
+Three parts. games: the same games with random actions through four pipelines, in agent steps/s.
+training: the scripts at --num-envs with each of --networks. sweep: training over the number of
+games with the time split of the PAAC paper's Figure 2. Prints tables, writes throughput.json and,
+of the sweep, throughput.png. Run it on an otherwise idle machine.
 """
 
 import importlib
@@ -48,8 +49,11 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 @dataclass
 class Args:
-    scripts: list[str] = field(default_factory=lambda: ["paac_atari"])  # training: all of them; games and sweep: the first
-    parts: list[Literal["games", "training", "sweep"]] = field(default_factory=lambda: ["games", "training", "sweep"])
+    # scripts whose training is measured; games and sweep: the first of them
+    scripts: list[str] = field(default_factory=lambda: ["paac_atari"])
+    parts: list[Literal["games", "training", "sweep"]] = field(
+        default_factory=lambda: ["games", "training", "sweep"]
+    )
     env_id: str = "BreakoutNoFrameskip-v4"  # the game
     num_envs: int = 32  # games in parallel, but for the sweep
     num_workers: int | None = None  # processes or threads; None: the script's choice
@@ -57,12 +61,13 @@ class Args:
     seconds: float = 5.0  # length of a measurement of the games
     train_seconds: float = 20.0  # length of a measurement of training, after its start
     sweep: list[int] = field(default_factory=lambda: [16, 32, 64, 128, 256])  # numbers of games
-    networks: list[str] = field(default_factory=lambda: ["nips", "nature", "nature-bf16"])  # training: these of them
-    sb3_python: str | None = None  # python of a virtual environment with stable-baselines3[extra], for its A2C
+    # training: the networks that are measured
+    networks: list[str] = field(default_factory=lambda: ["nips", "nature", "nature-bf16"])
+    sb3_python: str | None = None  # python of an environment with stable-baselines3[extra]
     out: str = "throughput"  # name of the .json and the .png
 
 
-# ------------------------------------------------------------------------------------------------------------------------ games
+# games --------------------------------------------------------------------------------------------
 
 
 def stock_env(env_id):
@@ -88,7 +93,8 @@ def emulate(env_id, seconds, barrier, results):
 
 
 def alternate(pipelines, num_envs, seconds):
-    """{name: steps/s} over `seconds` of each, in slices of 0.3 s in random order: a slow moment of the machine slows all."""
+    """{name: steps/s} over `seconds` of each, in slices of 0.3 s in random order: a slow moment of
+    the machine slows all."""
     steps, spent = dict.fromkeys(pipelines, 0), dict.fromkeys(pipelines, 0.0)
     while min(spent.values()) < seconds:
         for name in random.sample(list(pipelines), len(pipelines)):
@@ -101,16 +107,20 @@ def alternate(pipelines, num_envs, seconds):
 
 
 def game_pipelines(args):
-    """{name: function that steps all its games}, a function that measures the emulator alone, and one that ends them all."""
+    """{name: function that steps all its games}, a function that measures the emulator alone, and
+    one that ends them all."""
     n, generator = args.num_envs, np.random.default_rng(0)
     script = importlib.import_module(args.scripts[0])
     flags = ["--env-id", args.env_id, "--num-envs", str(n), "--no-terminal-on-life-loss"]
-    run_args = script.parse_args(flags + (["--num-workers", str(args.num_workers)] if args.num_workers else []))
-    ours, workers = script.make_envs(run_args), run_args.num_workers
-    ours.call("start", 0, None)
+    run_args = script.parse_args(
+        flags + (["--num-workers", str(args.num_workers)] if args.num_workers else [])
+    )
+    ours = script.WorkerPool(run_args, script.make_env)
+    ours.start(seed=0, global_step=0)
+    workers = run_args.num_workers
     stock = gym.vector.AsyncVectorEnv([lambda: stock_env(args.env_id)] * n, context="forkserver")
     stock.reset(seed=0)
-    num_actions, shape = ours.single_action_space.nvec[0], ours.action_space.shape
+    num_actions = ours.action_space.n
     game = gym.spec(args.env_id).kwargs["game"]
     cpp = ale_py.AtariVectorEnv(game, num_envs=n, num_threads=workers, reward_clipping=False)
     cpp.reset(seed=0)
@@ -128,19 +138,23 @@ def game_pipelines(args):
         return {f"the emulator alone, {workers} processes": speed}
 
     def close():
-        script.close_envs(ours)
+        ours.close()
         stock.close()
         cpp.close()
 
     pipelines = {
-        f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(generator.integers(num_actions, size=n)),
-        f"ours: {workers} workers": lambda: ours.step(generator.integers(num_actions, size=shape).tolist()),
-        f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(generator.integers(num_actions, size=n)),
+        f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(
+            generator.integers(num_actions, size=n)
+        ),
+        f"ours: {workers} workers": lambda: ours.step(generator.integers(num_actions, size=n)),
+        f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(
+            generator.integers(num_actions, size=n)
+        ),
     }
     return pipelines, emulator, close
 
 
-# --------------------------------------------------------------------------------------------------------------------- training
+# training -----------------------------------------------------------------------------------------
 
 SB3_A2C = """
 import sys, time
@@ -160,8 +174,9 @@ class Stopwatch(BaseCallback):
         return True
 
 if __name__ == "__main__":
-    envs = VecFrameStack(make_atari_env(sys.argv[1], n_envs=int(sys.argv[2]), vec_env_cls=SubprocVecEnv), 4)
-    A2C("CnnPolicy", envs, n_steps=5).learn(10**9, callback=Stopwatch())
+    n = int(sys.argv[2])
+    envs = make_atari_env(sys.argv[1], n_envs=n, vec_env_cls=SubprocVecEnv)
+    A2C("CnnPolicy", VecFrameStack(envs, 4), n_steps=5).learn(10**9, callback=Stopwatch())
 """
 
 
@@ -177,11 +192,20 @@ def sb3_speed(args):
 
 
 def train_speed(args, script, num_envs, network):
-    """Steps/s of a script, and which part of the time went to the games, to acting and to learning."""
+    """Steps/s of a script, and which part of the time went to the games, to acting and to
+    learning."""
     with tempfile.TemporaryDirectory() as folder:
-        cmd = [sys.executable, ROOT / f"{script}.py", "--env-id", args.env_id, "--num-envs", num_envs]
+        cmd = [
+            sys.executable,
+            ROOT / f"{script}.py",
+            "--env-id",
+            args.env_id,
+            "--num-envs",
+            num_envs,
+        ]
         cmd += ["--log-interval", 10_000 if torch.cuda.is_available() else 1000]
-        if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):  # each game of A3C is a process
+        # Each game of A3C is a process
+        if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):
             cmd += ["--num-workers", args.num_workers]
         cmd += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
         with open(Path(folder, "log"), "w") as log:
@@ -189,7 +213,8 @@ def train_speed(args, script, num_envs, network):
         while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
             time.sleep(0.1)
         time.sleep(args.train_seconds)
-        while Path(folder, "log").read_text().count("\nstep ") < 6 and process.poll() is None:  # slow ones get longer
+        # Slow ones get longer
+        while Path(folder, "log").read_text().count("\nstep ") < 6 and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         process.wait()
@@ -205,14 +230,16 @@ def train_speed(args, script, num_envs, network):
         return float(steps.sum() / seconds.sum()), split
 
 
-# ----------------------------------------------------------------------------------------------------------------------- report
+# report -------------------------------------------------------------------------------------------
 
 
 def hardware():
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [
-            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
         ]
         cpu = names[0] if names else cpu
     return {
@@ -220,7 +247,10 @@ def hardware():
         "cores": CORES,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless")},
+        **{
+            package: version(package)
+            for package in ("torch", "gymnasium", "ale-py", "numpy", "opencv-python-headless")
+        },
     }
 
 
@@ -231,7 +261,10 @@ def table(title, speeds, reference):
     for name, values in speeds.items():
         ratio = statistics.median(v / r for v, r in zip(values, speeds[reference]))
         median = statistics.median(values)
-        print(f"| {median:,.0f} | {ratio:.2f} | {min(values):,.0f} - {max(values):,.0f} | {name} |", flush=True)
+        print(
+            f"| {median:,.0f} | {ratio:.2f} | {min(values):,.0f} - {max(values):,.0f} | {name} |",
+            flush=True,
+        )
         rows.append({"name": name, "steps_per_second": median, "ratio": ratio, "rounds": values})
     return rows
 
@@ -239,7 +272,9 @@ def table(title, speeds, reference):
 def figure(sweep, path, title):
     """Figure 2 of the paper: speed and time split over the number of games."""
     archs = list(dict.fromkeys(row["arch"] for row in sweep))
-    fig, axes = plt.subplots(1, 1 + len(archs), figsize=(5 * (1 + len(archs)), 4), layout="constrained")
+    fig, axes = plt.subplots(
+        1, 1 + len(archs), figsize=(5 * (1 + len(archs)), 4), layout="constrained"
+    )
     for axis, arch in zip(axes[1:], archs):
         rows = [row for row in sweep if row["arch"] == arch]
         x, bottom = np.arange(len(rows)), np.zeros(len(rows))
@@ -269,34 +304,59 @@ def in_turn(measures, rounds):
 
 
 def main(args):
-    report = {"hardware": hardware(), "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"}}
+    report = {
+        "hardware": hardware(),
+        "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"},
+    }
     print(", ".join(f"{k} {v}" for k, v in report["hardware"].items()), flush=True)
     if "games" in args.parts:
         pipelines, emulator, close = game_pipelines(args)
-        rounds = [alternate(pipelines, args.num_envs, args.seconds) | emulator() for _ in range(args.rounds)]
+        rounds = [
+            alternate(pipelines, args.num_envs, args.seconds) | emulator()
+            for _ in range(args.rounds)
+        ]
         close()
         speeds = {name: [speeds[name] for speeds in rounds] for name in rounds[0]}
-        report["games"] = table(f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines)))
+        report["games"] = table(
+            f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines))
+        )
     if "training" in args.parts:
-        runs = {"A2C of stable-baselines3, nature": lambda: sb3_speed(args)} if args.sb3_python else {}
+        runs = (
+            {"A2C of stable-baselines3, nature": lambda: sb3_speed(args)} if args.sb3_python else {}
+        )
         for script, network in itertools.product(args.scripts, args.networks):
             flags = (args, script, args.num_envs, network)
             runs[f"{script}, {network}"] = lambda flags=flags: train_speed(*flags)[0]
         speeds = in_turn(runs, args.rounds)
-        report["training"] = table(f"training, {args.num_envs} games of {args.env_id}", speeds, next(iter(runs)))
+        report["training"] = table(
+            f"training, {args.num_envs} games of {args.env_id}", speeds, next(iter(runs))
+        )
     if "sweep" in args.parts:
         points = itertools.product(args.sweep, ("nips", "nature"))
-        runs = {point: lambda point=point: train_speed(args, args.scripts[0], *point) for point in points}
+        runs = {
+            point: lambda point=point: train_speed(args, args.scripts[0], *point)
+            for point in points
+        }
         report["sweep"] = []
         measured = in_turn(runs, args.rounds)
-        print("\n| games | network | steps/s | games % | acting % | learning % |\n|--:|:--|--:|--:|--:|--:|")
+        print("\n| games | network | steps/s | games % | acting % | learning % |")
+        print("|--:|:--|--:|--:|--:|--:|")
         for (num_envs, arch), rounds in measured.items():
             speed = statistics.median(speed for speed, _ in rounds)
-            split = {part: statistics.mean(split[part] for _, split in rounds) for part in ("env", "act", "learn")}
+            split = {
+                part: statistics.mean(split[part] for _, split in rounds)
+                for part in ("env", "act", "learn")
+            }
             shares = " | ".join(f"{100 * share:.0f}" for share in split.values())
             print(f"| {num_envs} | {arch} | {speed:,.0f} | {shares} |")
-            report["sweep"].append({"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split})
-        figure(report["sweep"], f"{args.out}.png", f"{args.scripts[0]} on {report['hardware']['cores']} cores")
+            report["sweep"].append(
+                {"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split}
+            )
+        figure(
+            report["sweep"],
+            f"{args.out}.png",
+            f"{args.scripts[0]} on {report['hardware']['cores']} cores",
+        )
     Path(f"{args.out}.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"\n{args.out}.json")
 
