@@ -1,0 +1,1009 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.8,<2.14", "gymnasium>=1.2.3,<1.5", "numpy>=2,<3",
+#   "tyro>=0.9.2,<2", "tensorboard>=2.19,<3", "tqdm>=4.66,<5"]
+# ///
+"""PAAC: parallel advantage actor-critic (Clemente et al. 2017, arXiv 1705.04862) on gymnasium.
+
+Any environment with a vector of numbers as observation and discrete actions, --env-id Id-v0 or, to
+import what registers it, --env-id module:Id-v0.
+
+num_envs games run in num_workers processes. All games take num_steps steps with the same network,
+in one batch per step. Then the optimizer takes one gradient step on
+
+    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H(pi(.|s_t))]
+          + vf_coef mean[(R_t - V(s_t))^2]
+    R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
+
+where R_{t+1} = 0 if the game ended with step t, and R_t - V(s_t) is a constant in the first term.
+
+How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
+them (worker processes, checkpoints, logs) is the same text in all scripts, as is
+all that stands between "# >>> shared" and "# <<< shared": marks for a tool, nothing to the program.
+
+    python paac.py --env-id CartPole-v1   # train; Ctrl-C saves a checkpoint and stops
+    python paac.py --resume runs/NAME       # go on as if nothing had happened
+"""
+
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+# OpenMP's threads should sleep while the games run, which need the cores. Between two layers they
+# should spin for some microseconds, because waking them takes longer. Set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+
+
+@dataclass
+class Args:  # the comments are the texts of --help
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # of the network, the actions and all games
+    torch_deterministic: bool = True  # deterministic kernels on a GPU
+    cuda: bool = True  # use the GPU where there is one
+    track: bool = False  # log to Weights & Biases, too (pip install wandb)
+    resume: str | None = None  # run folder to go on with; auto: the newest with these flags
+    log_interval: int = 10_000  # agent steps between two points of the curves
+    checkpoint_interval: int = 500_000  # agent steps between two checkpoints
+
+    env_id: str = "CartPole-v1"  # Id-v0, or module:Id-v0
+    num_envs: int = 32  # games played in parallel, n_e
+    num_workers: int | None = None  # processes, n_w; None: one per core; 0: none (to debug)
+    step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
+
+    total_timesteps: int = 500_000  # agent steps, summed over the games
+    learning_rate: float = 3e-3  # at the start
+    anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
+    num_steps: int = 5  # steps per game and update, t_max
+    gamma: float = 0.99  # discount per agent step
+    ent_coef: float = 0.01  # weight of the entropy, beta
+    vf_coef: float = 0.5  # weight of the values' squared error
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
+    optimizer_epsilon: float = 1e-5  # with rmsprop inside the root, where the paper has 0.1
+    hidden_size: int = 64  # units of each of the two hidden layers
+
+
+# 1. ALGORITHM ====================================================================================
+# >>> shared: orthogonal
+def init_orthogonal(module, gain):
+    """Orthogonal weights times gain, and zero biases, in all layers of the module."""
+    for layer in module.modules():
+        if hasattr(layer, "weight"):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+
+
+# <<< shared: orthogonal
+class Agent(nn.Module):
+    """Policy and value on a common trunk of two hidden layers."""
+
+    def __init__(self, obs_size, num_actions, hidden_size):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Linear(obs_size, hidden_size),
+            nn.Tanh(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.Tanh(),
+        )
+        self.policy = nn.Linear(hidden_size, num_actions)
+        self.value = nn.Linear(hidden_size, 1)
+        init_orthogonal(self.trunk, gain=math.sqrt(2))
+        init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
+        init_orthogonal(self.value, gain=1.0)
+
+    def forward(self, obs):
+        """obs: (num_envs, obs_size) -> logits (num_envs, num_actions), values (num_envs,)"""
+        hidden = self.trunk(obs.float())
+        return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+# >>> shared: loss
+def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
+    """The loss (its formula is at the top), policy loss, value loss and entropy, all scalars.
+    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
+    logprobs = logits.log_softmax(-1)
+    action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    advantages = (returns - values).detach()  # constants: the policy loss must not move the values
+    policy_loss = -(action_logprobs * advantages).mean()
+    value_loss = (returns - values).square().mean()
+    entropy = -(logprobs.exp() * logprobs).sum(-1).mean()
+    loss = policy_loss - ent_coef * entropy + vf_coef * value_loss
+    return loss, policy_loss.detach(), value_loss.detach(), entropy.detach()
+
+
+# <<< shared: loss
+# >>> shared: sample_actions
+def sample_actions(logits):
+    """Draw actions from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous
+    actions, change Agent.policy, this function, logprobs and entropy in compute_loss(), and
+    action_space.n in train(): docs/forking.md has the patch."""
+    # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
+    noise = torch.empty_like(logits).exponential_()
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+# <<< shared: sample_actions
+# >>> shared: returns
+def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
+    """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
+    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    final_values[t], the value of the last observation, where a time limit ended the game;
+    next_value after the last step.
+    next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
+    returns = torch.empty_like(rewards)
+    next_return = next_value.detach()
+    for t in reversed(range(len(rewards))):
+        next_return = torch.where(truncations[t], final_values[t], next_return)
+        next_return = torch.where(terminations[t], 0.0, next_return)
+        next_return = rewards[t] + gamma * next_return
+        returns[t] = next_return
+    return returns
+
+
+# <<< shared: returns
+# >>> shared: optimizer
+def make_optimizer(agent, args):
+    settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
+    if args.optimizer == "rmsprop":  # not torch's: see section 5
+        return RMSpropTF(agent.parameters(), **settings)
+    return torch.optim.Adam(agent.parameters(), **settings, fused=True)
+
+
+# <<< shared: optimizer
+
+
+# 2. TRAINING =====================================================================================
+def train(args, make_env):
+    """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""
+    stop_signals = catch_stop_signals()
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    envs = WorkerPool(args, make_env)
+    (obs_size,) = envs.observation_space.shape
+    agent = Agent(obs_size, envs.action_space.n, args.hidden_size).to(device)
+    optimizer = make_optimizer(agent, args)
+
+    checkpoint = load_checkpoint(args.resume)  # {} without --resume
+    global_step = checkpoint.get("global_step", 0)
+    if checkpoint:
+        restore(checkpoint, agent, optimizer, args)
+    run_dir = choose_run_dir(args)
+    say(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, network on the {device}")
+    obs = envs.start(args.seed, global_step, checkpoint.get("env_states"))  # (num_envs, obs_size)
+    # forward[t] is the network in pass t of a rollout: the agent itself or, on a GPU, a CUDA graph
+    # of it, which computes the same in less than half the time.
+    forward = repeat_agent(agent, args.num_steps + 1, torch.as_tensor(obs, device=device))
+    log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
+    batch_size = args.num_envs * args.num_steps
+    is_last = global_step >= args.total_timesteps
+    while not is_last:
+        # LEARNING RATE
+        learning_rate = args.learning_rate
+        if args.anneal_lr:
+            learning_rate *= 1 - global_step / args.total_timesteps
+        optimizer.param_groups[0]["lr"] = learning_rate
+
+        # ROLLOUT: all games take num_steps steps with the same parameters. The autograd graph of
+        # these forward passes is kept, and the update backpropagates through it: a second pass
+        # would compute the same numbers. To train several epochs on a batch, as PPO does, keep each
+        # obs here and call agent() again in LOSS AND STEP.
+        logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
+        actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
+        final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
+        try:
+            for t in range(args.num_steps):
+                step_logits, step_values = forward[t](torch.as_tensor(obs, device=device))
+                step_actions = sample_actions(step_logits)
+                logits.append(step_logits)
+                values.append(step_values)
+                actions.append(step_actions)
+                cpu_actions = step_actions.cpu().numpy()
+                log.book_time("act")
+                # The learner waits for all workers here, num_steps times per update.
+                obs, reward, terminated, truncated, last_obs = envs.step(cpu_actions)
+                rewards.append(reward)
+                terminations.append(terminated)
+                truncations.append(truncated)
+                log.book_time("env")
+                if last_obs is not None:
+                    # A time limit ended some games, and obs already shows their next ones. Their
+                    # returns are bootstrapped from the value of what they showed last.
+                    _, last_values = agent(torch.as_tensor(last_obs, device=device))
+                    final_values[t] = last_values.detach()
+            # Decided now, because a checkpoint needs the games as they are before the update. A
+            # signal that comes during the update counts in the next iteration.
+            next_step = global_step + batch_size
+            is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
+            checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
+            log_due = checkpoint_due or is_due(args.log_interval, global_step, next_step)
+            if log_due:
+                episodes, env_states = envs.report(with_states=checkpoint_due)
+        except WorkerLost as lost:
+            envs.note_loss(lost, global_step)  # ends the run after the third in a row
+            obs = envs.start(args.seed, global_step)
+            is_last = False  # report() may have failed after what was to be the last rollout
+            continue
+
+        # TARGETS
+        logits = torch.stack(logits)  # (num_steps, num_envs, num_actions)
+        values = torch.stack(values)
+        actions = torch.stack(actions)  # (num_steps, num_envs), and so are all others
+        rewards = torch.tensor(np.stack(rewards), dtype=torch.float32, device=device)
+        terminations = torch.tensor(np.stack(terminations), device=device)
+        truncations = torch.tensor(np.stack(truncations), device=device)
+        _, next_value = forward[-1](torch.as_tensor(obs, device=device))  # (num_envs,)
+        returns = compute_returns(
+            rewards, terminations, truncations, final_values, next_value, args.gamma
+        )
+
+        # LOSS AND STEP
+        loss, policy_loss, value_loss, entropy = compute_loss(
+            logits, values, actions, returns, args.ent_coef, args.vf_coef
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        scalars = {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": value_loss,
+            "losses/entropy": entropy,
+            "losses/grad_norm": grad_norm,
+        }
+        stop_if_not_finite(scalars, next_step)
+        optimizer.step()
+        global_step = next_step
+        log.book_time("learn")
+
+        # LOG AND CHECKPOINT
+        log.advance(global_step)
+        if log_due:
+            scalars["losses/explained_variance"] = 1 - (returns - values).var() / returns.var()
+            scalars["charts/learning_rate"] = learning_rate
+            log.write(global_step, episodes, scalars)
+        if checkpoint_due:
+            checkpoint = {
+                "script": SCRIPT,
+                "args": asdict(replace(args, resume=None)),
+                "global_step": global_step,
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+                "env_states": env_states,
+                "recent_scores": list(log.recent_scores),
+            }
+            save_checkpoint(run_dir, checkpoint)
+
+    envs.close()
+    log.close()
+    exit_if_stopped(stop_signals, global_step, run_dir)
+
+
+# =================================================================================================
+# PLUMBING: the same text in all scripts. Skip it when reading, and copy it as it is. To change it
+# in all scripts, change it in paac_atari.py and run utils/sync_shared.py.
+# =================================================================================================
+
+# >>> shared: imports
+import atexit
+import glob
+import multiprocessing.connection
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
+
+import tyro
+from tqdm import tqdm
+
+SCRIPT = Path(__file__).stem
+# <<< shared: imports
+
+# 3. Games ----------------------------------------------------------------------------------------
+
+
+def make_env(args):
+    """One game. A wrapper of yours goes here."""
+    return gym.make(args.env_id)
+
+
+def check_env_id(env_id):
+    try:
+        env = gym.make(env_id)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-id {env_id}: {error}")
+    if not isinstance(env.action_space, gym.spaces.Discrete):
+        fail(f"--env-id {env_id} has actions {env.action_space}, not Discrete")
+    if (
+        not isinstance(env.observation_space, gym.spaces.Box)
+        or len(env.observation_space.shape) != 1
+    ):
+        fail(f"--env-id {env_id} has observations {env.observation_space}, not a flat Box")
+    env.close()
+
+
+# 4. Workers --------------------------------------------------------------------------------------
+
+
+# >>> shared: workers
+class WorkerLost(Exception):
+    """A worker died or did not answer in time. The text says which one, its games and the cause."""
+
+
+def ends_worker_on_error(method):
+    """If a game raises an error, print its traceback and end the worker with exit code 1. The
+    learner then ends the run. gymnasium would send the error to the learner, where an OSError looks
+    like a broken pipe, and where errors that cannot be pickled never arrive."""
+
+    @wraps(method)
+    def wrapped(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            if multiprocessing.parent_process() is None:  # --num-workers 0: it arrives by itself
+                raise
+            traceback.print_exc()
+            sys.exit(1)
+
+    return wrapped
+
+
+class Worker(gym.Env):
+    """The games of one process, played one after another, as one environment with arrays, which is
+    what AsyncVectorEnv needs. A game is any gymnasium environment with a Box of observations.
+
+    A game restarts when it is over: terminated or truncated, unless its info["game_over"] tells.
+    Games with get_state() and set_state(state) -> obs resume exactly where they were.
+    """
+
+    def __init__(self, args, make_env, games, observation_space, action_space):
+        self.args = args
+        self.make_env = make_env
+        self.games = games  # a range: their numbers among the games of all workers
+        self.envs = []  # made by reset(): AsyncVectorEnv also makes a Worker in the learner
+        self.observation_space = gym.vector.utils.batch_space(observation_space, len(games))
+        self.action_space = gym.vector.utils.batch_space(action_space, len(games))
+        self.obs = np.zeros(self.observation_space.shape, observation_space.dtype)
+
+    @ends_worker_on_error
+    def reset(self, *, seed=None, options=None):
+        """Start all games, or go on from options["states"], which has those of all workers' games.
+        global_step and attempt: no two restarts share their random numbers."""
+        if not self.envs:
+            if multiprocessing.parent_process() is not None:
+                # When the learner is dead, a write to its pipe ends the worker without a traceback.
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            self.envs = [self.make_env(self.args) for _ in self.games]
+        self.scores = [0.0] * len(self.games)
+        self.lengths = [0] * len(self.games)
+        self.episodes = []  # (score, length in agent steps) of the games that ended
+        for i, env in enumerate(self.envs):
+            key = [seed, self.games[i], options["global_step"], options["attempt"]]
+            stream = np.random.SeedSequence(key)
+            self.obs[i], _ = env.reset(seed=int(stream.generate_state(1, np.uint64)[0]))
+            if options["states"]:
+                state = options["states"][self.games[i]]
+                self.obs[i] = env.set_state(state["env"])
+                self.scores[i] = state["score"]
+                self.lengths[i] = state["length"]
+        return self.obs, {}
+
+    @ends_worker_on_error
+    def step(self, actions):
+        """One step of all games, with lists for rewards, terminations and truncations. If a time
+        limit ended a game, info["last_obs"] has what all games showed before any was restarted."""
+        rewards, terminations, truncations, games_over = [], [], [], []
+        for i, env in enumerate(self.envs):
+            self.obs[i], reward, terminated, truncated, info = env.step(actions[i])
+            self.scores[i] += reward
+            self.lengths[i] += 1
+            rewards.append(reward)
+            terminations.append(terminated)
+            truncations.append(truncated)
+            if info.get("game_over", terminated or truncated):
+                games_over.append(i)
+        info = {}
+        if any(truncations):
+            info["last_obs"] = self.obs.copy()  # as "final_obs", gymnasium would take it apart
+        for i in games_over:
+            self.episodes.append((float(self.scores[i]), self.lengths[i]))
+            self.scores[i] = 0.0
+            self.lengths[i] = 0
+            self.obs[i], _ = self.envs[i].reset()
+        return self.obs, rewards, terminations, truncations, info
+
+    @ends_worker_on_error
+    def report(self, with_states):
+        """What ended since the last report; the states of all games, if wanted and to be had."""
+        episodes = self.episodes
+        self.episodes = []
+        states = []
+        if with_states and hasattr(self.envs[0], "get_state"):
+            for env, score, length in zip(self.envs, self.scores, self.lengths):
+                states.append({"env": env.get_state(), "score": float(score), "length": length})
+        return episodes, states
+
+
+class LocalVectorEnv:
+    """--num-workers 0: a Worker in this process, with the methods of AsyncVectorEnv."""
+
+    def __init__(self, make_worker):
+        self.worker = make_worker()
+
+    def reset(self, seed, options):
+        obs, info = self.worker.reset(seed=seed[0], options=options)
+        return obs[np.newaxis], info
+
+    def step(self, actions):
+        *outcome, info = self.worker.step(actions[0])
+        info = {name: value[np.newaxis] for name, value in info.items()}
+        return *(np.asarray(x)[np.newaxis] for x in outcome), info
+
+    def call(self, name, *args):
+        return [getattr(self.worker, name)(*args)]
+
+
+class TimedVectorEnv(gym.vector.AsyncVectorEnv):
+    """Raises a TimeoutError where gymnasium would wait for a worker for ever."""
+
+    start_timeout = step_timeout = None  # seconds; WorkerPool sets them
+
+    def reset_wait(self, timeout=None):
+        return super().reset_wait(self.start_timeout)
+
+    def step_wait(self, timeout=None):
+        return super().step_wait(self.step_timeout)
+
+    def call_wait(self, timeout=None):
+        return super().call_wait(self.step_timeout)
+
+
+class WorkerPool:
+    """All games as one vector environment: of num_workers processes or, if that is 0, in this one.
+
+    step() and report() raise WorkerLost when a worker has died or does not answer; the others have
+    been ended then, too, and start() begins anew. first_game: the number of the first game."""
+
+    def __init__(self, args, make_env, first_game=0):
+        game = make_env(args)
+        self.observation_space = game.observation_space  # of one game
+        self.action_space = game.action_space
+        game.close()
+        self.args = args
+        self.envs = None  # gymnasium's vector environment, from start() to the end or a loss
+        self.num_losses = 0
+        self.loss_step = None
+        self.games_per_worker = args.num_envs // max(1, args.num_workers)
+        self.games = []  # of each worker, the numbers of its games
+        for first in range(first_game, first_game + args.num_envs, self.games_per_worker):
+            self.games.append(range(first, first + self.games_per_worker))
+        spaces = (self.observation_space, self.action_space)
+        self.make_workers = [
+            partial(Worker, args, make_env, games, *spaces) for games in self.games
+        ]
+        atexit.register(self.close)
+
+    def start(self, seed, global_step, states=None):
+        """Start all games, new or in the given states -> obs (num_envs, *observation shape)."""
+        seeds = [seed] * len(self.make_workers)
+        while True:
+            attempt = self.num_losses if global_step == self.loss_step else 0
+            options = {"global_step": global_step, "attempt": attempt, "states": states}
+            try:
+                with self.raising_worker_lost():
+                    if self.envs is None:
+                        self.envs = self.make_vector_env()
+                    obs, _ = self.envs.reset(seed=seeds, options=options)
+                return self.per_game(obs).copy()
+            except WorkerLost as lost:
+                self.note_loss(lost, global_step)
+
+    def step(self, actions):
+        """actions: array (num_envs, ...) -> obs as start(); rewards, terminations, truncations:
+        (num_envs,); last_obs: None, or obs before the restarts where a time limit ended a game."""
+        shape = (len(self.make_workers), self.games_per_worker, *actions.shape[1:])
+        with self.raising_worker_lost():
+            *outcome, info = self.envs.step(actions.reshape(shape).tolist())  # lists: cheap to send
+        obs, rewards, terminations, truncations = map(self.per_game, outcome)
+        last_obs = info.get("last_obs")  # zeros from workers without a time limit in this step
+        if last_obs is not None:
+            last_obs = self.per_game(last_obs)
+        # A copy, because the workers overwrite their memory in the next step, while autograd or a
+        # list of observations still needs what is in it now.
+        return obs.copy(), rewards, terminations, truncations, last_obs
+
+    def report(self, with_states):
+        """The episodes and, if wanted, the states of Worker.report() of all workers."""
+        episodes, states = [], []
+        with self.raising_worker_lost():
+            for worker_episodes, worker_states in self.envs.call("report", with_states):
+                episodes += worker_episodes
+                states += worker_states
+        return episodes, states
+
+    def close(self):
+        """End all workers, also hanging ones, for which AsyncVectorEnv.close() would wait."""
+        processes = getattr(self.envs, "processes", [])
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        if processes:
+            self.envs.closed = True  # so that its destructor does not wait for them either
+        self.envs = None
+
+    def per_game(self, x):
+        """(num_workers, games per worker, ...) -> (num_envs, ...), the same memory"""
+        return x.reshape(self.args.num_envs, *x.shape[2:])
+
+    def make_vector_env(self):
+        if self.args.num_workers == 0:
+            return LocalVectorEnv(*self.make_workers)
+        # Not fork: when workers are replaced, the learner has threads and perhaps a GPU, and a
+        # forked child may hang.
+        start_fork_server()
+        options = {"copy": False, "autoreset_mode": "Disabled", "context": "forkserver"}
+        envs = TimedVectorEnv(self.make_workers, **options)
+        envs.step_timeout = self.args.step_timeout
+        envs.start_timeout = self.args.step_timeout + self.games_per_worker  # a second per game
+        place_workers(envs.processes)
+        return envs
+
+    def note_loss(self, lost, global_step):
+        """Announce the restart; give up when three workers were lost without progress."""
+        if global_step != self.loss_step:
+            self.num_losses = 0
+        self.loss_step = global_step
+        self.num_losses += 1
+        if self.num_losses == 3:
+            advice = "If there is a checkpoint, --resume goes on from it"
+            sys.exit(f"{lost}; three times without progress: giving up. {advice}")
+        say(f"\n{lost}; all games start anew, the rollout at hand is dropped", sys.stderr)
+
+    @contextmanager
+    def raising_worker_lost(self):
+        try:
+            yield
+        except (EOFError, OSError, multiprocessing.TimeoutError) as error:
+            if self.args.num_workers == 0:
+                raise
+            cause = self.find_lost_workers() or f"a worker was lost ({error!r})"
+            self.close()
+            raise WorkerLost(cause) from None
+
+    def find_lost_workers(self):
+        """Which workers died or did not answer. Ends the run if it was by an error of a game."""
+        processes = getattr(self.envs, "processes", [])
+        # A pipe breaks a moment before the exit code is there.
+        multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
+        died, silent = [], []
+        for i, process in enumerate(processes):
+            games = f"games {self.games[i][0]} to {self.games[i][-1]}"
+            worker = f"worker {i} ({games}, pid {process.pid})"
+            if process.exitcode == 1:
+                sys.exit(f"{worker} ended with the error that is printed above")
+            if process.exitcode is not None:
+                died.append(f"{worker} died: {exit_cause(process.exitcode)}")
+            elif not self.envs.parent_pipes[i].poll():
+                silent.append(f"{worker} did not answer in time")
+        return "; ".join(died or silent)
+
+
+# <<< shared: workers
+
+
+# >>> shared: processes
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def start_fork_server():
+    """Start the process from which the workers are forked. It and they block the signals that
+    terminals and SLURM send to all processes: the learner decides when the run ends."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the line above unblocks two of them
+    multiprocessing.forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def place_workers(processes):
+    """Give each worker a core of its own if there are as many, and keep workers that wake up from
+    interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
+    if not hasattr(os, "sched_setaffinity"):  # only Linux lets processes choose
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    for i, process in enumerate(processes):
+        with suppress(OSError):  # some sandboxes forbid it
+            if len(processes) == len(cores):
+                os.sched_setaffinity(process.pid, {cores[i]})
+            os.sched_setscheduler(process.pid, os.SCHED_BATCH, os.sched_param(0))
+
+
+def exit_cause(exitcode):
+    if exitcode < 0:
+        return signal.Signals(-exitcode).name
+    return f"exit code {exitcode}"
+
+
+# <<< shared: processes
+
+# 5. Runs -----------------------------------------------------------------------------------------
+
+
+# >>> shared: runs
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch")  # a resumed run keeps them
+
+
+def say(text, stream=None):
+    """Print a line. If nobody can read it any more, because a pipe is broken or a disk is full, the
+    stream leads nowhere from then on, and the run goes on."""
+    stream = stream or sys.stdout
+    if stream is None:  # closed before the start
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def fail(message):
+    say(f"{SCRIPT}.py: {message}", sys.stderr)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    """The command line as Args, on top of the defaults or of the resumed run's flags. What cannot
+    work ends here, with exit code 2 and a line that says what to change."""
+    args = tyro.cli(Args, args=argv)
+    if args.resume == "auto":
+        args.resume = find_newest_run_like(args)
+    if args.resume:
+        args = parse_resumed_args(args.resume, argv)
+    check_numbers(args)
+    choose_num_workers(args)
+    check_env_id(args.env_id)
+    return args
+
+
+def parse_resumed_args(resume, argv):
+    """The run's own flags, replaced by those that are typed with --resume."""
+    try:
+        checkpoint = load_checkpoint(resume)
+    except ValueError as error:
+        fail(error)
+    saved = checkpoint["args"]
+    args = replace(tyro.cli(Args, args=argv, default=saved), resume=resume)
+    for name in FIXED_FLAGS:
+        if getattr(args, name, None) != getattr(saved, name, None):
+            fail(f"{resume}: --{name.replace('_', '-')} cannot change within a run")
+    missing = [part for part in ("optimizer", "env_states") if not checkpoint.get(part)]
+    if missing:
+        say(f"{resume} has no {' and no '.join(missing)}: these start anew")
+    return args
+
+
+def check_numbers(args):
+    """Refuse numbers that are negative, infinite or nan, and integers below 1, except for the seed
+    and the number of workers."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        lowest = 0
+        if isinstance(value, int) and name not in ("seed", "num_workers"):
+            lowest = 1
+        if not lowest <= value < math.inf:  # true for nan, too
+            fail(f"--{name.replace('_', '-')} cannot be {value}")
+
+
+def run_name(args):
+    return f"{args.env_id.replace('/', '-')}__{args.exp_name}__{args.seed}"
+
+
+def choose_run_dir(args):
+    """The resumed run's folder, or a new one, whose name microseconds make unique."""
+    if args.resume and Path(args.resume).is_dir():
+        return Path(args.resume)
+    return Path("runs", f"{run_name(args)}__{time.time():.6f}")
+
+
+def find_newest_run_like(args):
+    """The newest folder in runs/ whose run has the same flags, or None."""
+    pattern = f"{glob.escape(run_name(args))}__*/{CHECKPOINT}"
+    for path in sorted(Path("runs").glob(pattern), reverse=True):
+        try:
+            saved = load_checkpoint(path)["args"]
+        except ValueError as error:
+            say(f"{SCRIPT}.py: --resume auto skips {error}", sys.stderr)
+            continue
+        if comparable(saved) == comparable(args):
+            return str(path.parent)
+    return None
+
+
+def comparable(args):
+    flags = asdict(args)
+    flags.pop("resume")
+    flags.pop("num_workers", None)  # any number of workers plays the same games
+    return flags
+
+
+def load_checkpoint(path):
+    """The checkpoint in a run folder or of a file as a dictionary, with an Args as "args"; train()
+    lists the keys. Raises ValueError if it is missing, damaged or another script's."""
+    if path is None:
+        return {}
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT
+    if not path.exists():
+        raise ValueError(f"{path}: missing")
+    try:
+        checkpoint = deserialize(path)
+        script = checkpoint["script"]
+        flags = checkpoint["args"]
+        known = {field.name for field in fields(Args)}  # an older version may have had others
+        checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
+    except Exception as error:  # a damaged file raises nearly anything
+        previous = path.with_stem("checkpoint.prev")
+        raise ValueError(f"{path}: damaged. The one before may be in {previous}") from error
+    if script != SCRIPT:
+        raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
+    return checkpoint
+
+
+def save_checkpoint(run_dir, checkpoint):
+    """Replace the run's checkpoint in one step, so that there is a whole one at any time; the one
+    before is kept as checkpoint.prev. If the disk is full, warn and go on."""
+    path = run_dir / CHECKPOINT
+    previous = path.with_stem("checkpoint.prev")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            file.write(serialize(checkpoint))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):  # there is none yet, or the disk has no hard links
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        say(f"\nwarning: no checkpoint written: {error}; training goes on", sys.stderr)
+
+
+def is_due(interval, last_step, step):
+    """Whether a multiple of the interval lies between the two steps."""
+    return step // interval > last_step // interval
+
+
+def stop_if_not_finite(losses, step):
+    if math.isfinite(sum(losses.values())):
+        return
+    parts = ", ".join(f"{tag.removeprefix('losses/')} {loss:g}" for tag, loss in losses.items())
+    advice = "stopped; the last checkpoint stays as it is. A lower --learning-rate may help"
+    sys.exit(f"step {step}: {parts}: {advice}")
+
+
+def catch_stop_signals():
+    """Install handlers and return a list that stays empty until a stop signal comes: then it holds
+    (time, signal), and train() stops after the current update. Repeats within a second are ignored,
+    because uv, timeout and terminals send several; a later one ends the process at once."""
+    received = []
+
+    def on_signal(signum, frame):
+        now = time.monotonic()
+        if not received:
+            received.append((now, signum))
+        elif now > received[0][0] + 1:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+
+    for signum in STOP_SIGNALS:
+        if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+            continue  # nohup: the run shall survive its terminal
+        signal.signal(signum, on_signal)
+    return received
+
+
+def exit_if_stopped(stop_signals, global_step, run_dir):
+    if stop_signals:
+        _, signum = stop_signals[0]
+        name = signal.Signals(signum).name
+        say(f"{name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")
+        sys.exit(128 + signum)
+
+
+class Log:
+    """Progress on the terminal, as a bar or as lines, and curves in TensorBoard. If one of them
+    fails, the other and the training go on."""
+
+    def __init__(self, args, run_dir, global_step, recent_scores, has_bar=True):
+        self.args = args
+        self.run_dir = run_dir
+        self.last_step = global_step  # of the last point
+        self.last_point = time.perf_counter()
+        self.last_booking = self.last_point
+        self.seconds = Counter()  # since the last point, by what they were spent on
+        self.recent_scores = deque(recent_scores, maxlen=100)
+        self.writer = None  # opened with the first point: an unwritable folder is a warning then
+        has_bar = has_bar and sys.stderr is not None and sys.stderr.isatty()
+        steps = {"total": args.total_timesteps, "initial": global_step, "unit": " steps"}
+        self.bar = tqdm(**steps, disable=not has_bar)
+        threading.excepthook = ignore_full_disk
+        if args.track:
+            import wandb
+
+            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
+
+    def book_time(self, part):
+        """Book the time since the last call under `part`."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self.last_booking
+        self.last_booking = now
+
+    def advance(self, global_step):
+        with suppress(OSError):  # the terminal may be gone
+            self.bar.update(global_step - self.bar.n)
+
+    def write(self, global_step, episodes, scalars):
+        """A point of all curves. episodes: (score, length) of the games that ended since the last
+        point; scalars: {tag: number or tensor}."""
+        now = time.perf_counter()
+        seconds = now - self.last_point
+        scalars = {"charts/SPS": (global_step - self.last_step) / seconds, **scalars}
+        for part in self.seconds:
+            scalars[f"time/{part}"] = self.seconds[part] / seconds
+        if episodes:
+            scores, lengths = zip(*episodes)
+            self.recent_scores.extend(scores)
+            scalars["charts/episodic_return"] = np.mean(scores)
+            scalars["charts/episodic_length"] = np.mean(lengths)
+        self.show(global_step, scalars["charts/SPS"])
+        try:
+            if self.writer is None:
+                self.writer = self.open_writer()
+            for tag, scalar in scalars.items():
+                self.writer.add_scalar(tag, scalar, global_step)
+            self.writer.flush()  # so that TensorBoard is never behind a checkpoint
+        except OSError as error:
+            say(f"\nwarning: no points in {self.run_dir}: {error}; training goes on", sys.stderr)
+            self.writer = None  # its thread has ended; the next point tries with a new one
+        self.last_step = global_step
+        self.last_point = now
+        self.seconds.clear()
+
+    def show(self, global_step, speed):
+        score = "no game over yet"
+        if self.recent_scores:
+            score = f"score {np.mean(self.recent_scores):.1f}"
+        self.bar.set_postfix_str(score, refresh=False)
+        if self.bar.disable:
+            total = self.args.total_timesteps
+            say(f"step {global_step:,} of {total:,}  {speed:,.0f} steps/s  {score}")
+
+    def open_writer(self):
+        # After a crash, TensorBoard is ahead of the checkpoint: those points will come again.
+        writer = SummaryWriter(self.run_dir, purge_step=self.last_step + 1)
+        rows = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
+        writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
+        return writer
+
+    def close(self):
+        self.bar.close()
+
+
+def ignore_full_disk(died):
+    """For threading.excepthook. TensorBoard writes from a thread of its own; when an OSError ends
+    it, Log.write() says so, and the traceback would only repeat it."""
+    if not isinstance(died.exc_value, OSError):
+        threading.__excepthook__(died)
+
+
+# <<< shared: runs
+# >>> shared: number of workers
+def choose_num_workers(args):
+    """None becomes the number of cores, or the next lower one that divides the games."""
+    if args.num_workers is None:
+        cores = os.cpu_count()
+        if hasattr(os, "sched_getaffinity"):  # those that this process may use
+            cores = len(os.sched_getaffinity(0))
+        args.num_workers = min(cores, args.num_envs)
+        while args.num_envs % args.num_workers:
+            args.num_workers -= 1
+    if args.num_workers and args.num_envs % args.num_workers:
+        fail(f"--num-envs {args.num_envs} is not a multiple of --num-workers {args.num_workers}")
+
+
+# <<< shared: number of workers
+# >>> shared: torch
+import copy
+import io
+import zipfile
+
+from torch.utils.tensorboard import SummaryWriter
+
+CHECKPOINT = "checkpoint.pt"
+# The fork server imports these once for all workers, which import this whole script.
+PRELOAD = ["torch.utils.tensorboard", "gymnasium", "tyro"]
+
+
+def serialize(checkpoint):
+    buffer = io.BytesIO()  # written to a file, torch.save() hides the OSError of a full disk
+    torch.save(checkpoint, buffer)
+    return buffer.getbuffer()
+
+
+def deserialize(path):
+    if not zipfile.is_zipfile(path):  # torch.save() writes zip files
+        raise ValueError("not a zip file")
+    # weights_only: nothing in the file is executed, wherever it comes from.
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def restore(checkpoint, agent, optimizer, args):
+    agent.load_state_dict(checkpoint["agent"])
+    if "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # it may be typed with --resume
+    if isinstance(checkpoint.get("rng"), dict):  # older versions had a list
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        # The checkpoint may come from a machine with more GPUs.
+        torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"][: torch.cuda.device_count()])
+
+
+# <<< shared: torch
+# >>> shared: rmsprop
+class RMSpropTF(torch.optim.Optimizer):
+    """RMSProp as in TensorFlow 1 and the papers. It differs from torch.optim.RMSprop in two ways:
+    epsilon is inside the square root, and the mean square starts at 1, not 0. With epsilon 0.1,
+    torch's steps are up to 3.2 times larger."""
+
+    def __init__(self, params, lr, eps, alpha=0.99):
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["square_avg"] = torch.ones_like(p)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                square_avg = self.state[p]["square_avg"]
+                square_avg.mul_(group["alpha"]).addcmul_(p.grad, p.grad, value=1 - group["alpha"])
+                p.addcdiv_(p.grad, (square_avg + group["eps"]).sqrt(), value=-group["lr"])
+
+
+# <<< shared: rmsprop
+# >>> shared: cuda graphs
+def repeat_agent(agent, num_passes, obs):
+    """Return num_passes functions that compute agent(obs). On a GPU each is a CUDA graph, which is
+    one launch instead of one per operation; call them in order, and backward in reverse order.
+    obs: an example of the observations to come."""
+    if obs.device.type == "cpu":
+        return [agent] * num_passes
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        # A warning about the stream of the recording. With and without graphs, the parameters
+        # after 20 updates were the same bits.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    agents = tuple(copy.copy(agent) for _ in range(num_passes))  # which share their parameters
+    return torch.cuda.make_graphed_callables(agents, ((obs,),) * num_passes)
+
+
+# <<< shared: cuda graphs
+
+
+if __name__ == "__main__":
+    train(parse_args(), make_env)
