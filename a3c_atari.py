@@ -9,16 +9,15 @@
 num_envs actor-learners are processes with one game each. Each copies the shared network, plays
 num_steps steps with the copy, and takes one gradient step of the *shared* network on
 
-    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H(pi(.|s_t))]
-          + vf_coef mean[(R_t - V(s_t))^2]
+    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where r_t is clipped to [-1, 1], R_{t+1} = 0 if the game or a life ended with step t, and
-R_t - V(s_t) is a constant in the first term,
-while the others do the same: nobody waits for anybody, and there is no lock anywhere (Hogwild).
+where r_t is clipped to [-1, 1], R_{t+1} is 0 if step t ended the game or a life, but V of the last
+observation if a time limit did, and R_t - V(s_t) is a constant in the first term. The others do the
+same at the same time: nobody waits, and there is no lock anywhere (Hogwild).
 
 How to read this file: sections 1 and 2 are the algorithm; start with actor_learner(). train()
-starts the actor-learners, watches them and keeps the log. The plumbing below is PAAC's.
+starts the actor-learners, watches them and keeps the log. Below, all but section 4 is PAAC's.
 
     python a3c_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves a checkpoint and stops
     python a3c_atari.py --resume runs/NAME            # go on with the network; games start anew
@@ -109,7 +108,7 @@ class Agent(nn.Module):
             )
         self.policy = nn.Linear(hidden_size, num_actions)
         self.value = nn.Linear(hidden_size, 1)
-        if init == "orthogonal":  # torch's own initial weights are the paper's
+        if init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
@@ -129,7 +128,7 @@ class Agent(nn.Module):
 # <<< shared: network
 # >>> shared: loss
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss (its formula is at the top), policy loss, value loss and entropy, all scalars.
+    """The loss of the formula, policy loss, value loss and entropy, all scalars and means.
     logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
     logprobs = logits.log_softmax(-1)
     action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -144,9 +143,9 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 # >>> shared: sample_actions
 def sample_actions(logits):
-    """Draw actions from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous
-    actions, change Agent.policy, this function, logprobs and entropy in compute_loss(), and
-    action_space.n in train(): docs/forking.md has the patch."""
+    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous actions,
+    docs/forking.md changes Agent.policy, this function, action_logprobs and entropy in
+    compute_loss(), action_space.n in train(), make_env() and check_env_id()."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -156,7 +155,7 @@ def sample_actions(logits):
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
     next_value after the last step.
     next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
@@ -175,7 +174,8 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 
 # 2. TRAINING =====================================================================================
 class Shared:
-    """What all processes see and change, in shared memory."""
+    """What all processes see and change, in shared memory. Of the optimizer, that is square_avg
+    alone: each process has a learning rate of its own."""
 
     def __init__(self, agent, optimizer, num_envs):
         self.agent = agent.share_memory()
@@ -197,9 +197,9 @@ LOSSES = (
 
 
 def actor_learner(number, start, args, make_env, first_step, shared, connection):
-    """One process. Sends (score, length) of each finished game through the connection, and a text
-    if the loss is not finite. start: how often this actor-learner has been started before;
-    first_step: the global step at the start of the run."""
+    """One process. Sends (score, length) of each finished game through the connection, and the
+    losses as a dictionary if they are not finite. start: how often this actor-learner has been
+    started before; first_step: the global step at the start of the run."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends without a traceback when train() is dead
     torch.set_num_threads(1)
     # No two seeds, games or restarts share their random numbers.
@@ -248,7 +248,7 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
                     obs, _ = env.reset()
             _, next_value = agent(torch.as_tensor(obs).unsqueeze(0))  # (1,)
 
-        # TARGETS, all (num_steps,)
+        # TARGETS: there is one game here, so the shapes lack num_envs
         returns = compute_returns(
             torch.tensor(rewards, dtype=torch.float32).clamp(-1, 1),
             torch.tensor(terminations),
@@ -564,7 +564,7 @@ class ActorPool:
         if process.exitcode == 0:  # it has seen the end of the run
             return
         if process.exitcode == 1:
-            sys.exit(f"{name} ended: a game raised the error above")
+            sys.exit(f"{name} ended with the error that is printed above")
         process.kill()
         self.num_losses[i] += 1
         if self.num_losses[i] == 3:

@@ -12,12 +12,12 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[(R_t - Q(s_t, a_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = max_a Q_target(s_T, a),  T = num_steps,
 
-where r_t is clipped to [-1, 1], R_{t+1} = 0 if the game or a life ended with step t, and
-Q_target is an older copy of the network.
+where r_t is clipped to [-1, 1], R_{t+1} is 0 if step t ended the game or a life, but max_a Q_target
+of its last observation if a time limit did. Actions are epsilon-greedy, Q_target is an old network.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
-them (Atari's screens, worker processes, checkpoints, logs) is the same text in all scripts, as is
-all that stands between "# >>> shared" and "# <<< shared": marks for a tool, nothing to the program.
+them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
+utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" equal in all of them.
 
     python nstep_q_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves and stops
     python nstep_q_atari.py --resume runs/NAME            # go on as if nothing had happened
@@ -29,8 +29,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-# OpenMP's threads should sleep while the games run, which need the cores. Between two layers they
-# should spin for some microseconds, because waking them takes longer. Set before torch is imported.
+# OpenMP's threads should sleep while the games run, because the games need the cores. Between two
+# layers they should spin, because waking them takes longer. Set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -63,12 +63,12 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    final_epsilons: tuple[float, ...] = (0.1,)  # random actions in the end; games take them in turn
-    exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to final_epsilons
+    final_epsilons: tuple[float, ...] = (0.1,)  # final shares of random actions, cycled over games
+    exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
     target_interval: int = 32_000  # agent steps, of all games, between two target networks
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # with rmsprop inside the root, where the paper has 0.1
+    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -117,7 +117,7 @@ class Agent(nn.Module):
                 nn.ReLU(),
             )
         self.q = nn.Linear(hidden_size, num_actions)
-        if init == "orthogonal":  # torch's own initial weights are the paper's
+        if init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.q, gain=1.0)
         # On a CPU, an update with nips takes half the time in this layout.
@@ -139,7 +139,7 @@ def epsilon_greedy(q_values, epsilons):
 
 
 def compute_loss(q_values, actions, returns):
-    """mean[(R - Q(s, a))^2], q_values: (num_steps, num_envs, num_actions), else without actions."""
+    """mean[(R - Q(s, a))^2] over (num_steps, num_envs); q_values have the actions as third axis."""
     action_values = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return (returns - action_values).square().mean()
 
@@ -148,7 +148,7 @@ def compute_loss(q_values, actions, returns):
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
     next_value after the last step.
     next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
@@ -166,7 +166,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 # >>> shared: optimizer
 def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
-    if args.optimizer == "rmsprop":  # not torch's: see section 5
+    if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
     return torch.optim.Adam(agent.parameters(), **settings, fused=True)
 
@@ -236,7 +236,7 @@ def train(args, make_env):
                     # returns are bootstrapped from the value of what they showed last.
                     last_q_values = target(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # Decided now, because a checkpoint needs the games as they are before the update. A
+            # Decided now: if report() loses a worker, the rollout is dropped, before the update. A
             # signal that comes during the update counts in the next iteration.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
@@ -302,8 +302,8 @@ def train(args, make_env):
 
 
 # =================================================================================================
-# PLUMBING: the same text in all scripts. Skip it when reading, and copy it as it is. To change it
-# in all scripts, change it in paac_atari.py and run utils/sync_shared.py.
+# PLUMBING: nearly the same text in all scripts. Skip it when reading, and copy it as it is. To
+# change it in all of them, change it in paac_atari.py and run utils/sync_shared.py.
 # =================================================================================================
 
 # >>> shared: imports

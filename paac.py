@@ -5,24 +5,24 @@
 # ///
 """PAAC: parallel advantage actor-critic (Clemente et al. 2017, arXiv 1705.04862) on gymnasium.
 
-Any environment with a vector of numbers as observation and discrete actions, --env-id Id-v0 or, to
-import what registers it, --env-id module:Id-v0.
+It takes any environment with a vector as observation and discrete actions: --env-id Id-v0, or
+--env-id module:Id-v0 to import the module that registers it.
 
 num_envs games run in num_workers processes. All games take num_steps steps with the same network,
 in one batch per step. Then the optimizer takes one gradient step on
 
-    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H(pi(.|s_t))]
-          + vf_coef mean[(R_t - V(s_t))^2]
+    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where R_{t+1} = 0 if the game ended with step t, and R_t - V(s_t) is a constant in the first term.
+where R_{t+1} is 0 if step t ended the game, but V of the last observation if a time limit did, and
+R_t - V(s_t) is a constant in the first term.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
-them (worker processes, checkpoints, logs) is the same text in all scripts, as is
-all that stands between "# >>> shared" and "# <<< shared": marks for a tool, nothing to the program.
+them (worker processes, checkpoints, logs) hardly differs between the scripts.
+utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" equal in all of them.
 
     python paac.py --env-id CartPole-v1   # train; Ctrl-C saves a checkpoint and stops
-    python paac.py --resume runs/NAME       # go on as if nothing had happened
+    python paac.py --resume runs/NAME       # go on; games without get_state() start anew
 """
 
 import math
@@ -31,8 +31,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-# OpenMP's threads should sleep while the games run, which need the cores. Between two layers they
-# should spin for some microseconds, because waking them takes longer. Set before torch is imported.
+# OpenMP's threads should sleep while the games run, because the games need the cores. Between two
+# layers they should spin, because waking them takes longer. Set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -67,7 +67,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
-    optimizer_epsilon: float = 1e-5  # with rmsprop inside the root, where the paper has 0.1
+    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     hidden_size: int = 64  # units of each of the two hidden layers
 
 
@@ -107,7 +107,7 @@ class Agent(nn.Module):
 
 # >>> shared: loss
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss (its formula is at the top), policy loss, value loss and entropy, all scalars.
+    """The loss of the formula, policy loss, value loss and entropy, all scalars and means.
     logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
     logprobs = logits.log_softmax(-1)
     action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -122,9 +122,9 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 # >>> shared: sample_actions
 def sample_actions(logits):
-    """Draw actions from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous
-    actions, change Agent.policy, this function, logprobs and entropy in compute_loss(), and
-    action_space.n in train(): docs/forking.md has the patch."""
+    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous actions,
+    docs/forking.md changes Agent.policy, this function, action_logprobs and entropy in
+    compute_loss(), action_space.n in train(), make_env() and check_env_id()."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -134,7 +134,7 @@ def sample_actions(logits):
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
     next_value after the last step.
     next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
@@ -152,7 +152,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 # >>> shared: optimizer
 def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
-    if args.optimizer == "rmsprop":  # not torch's: see section 5
+    if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
     return torch.optim.Adam(agent.parameters(), **settings, fused=True)
 
@@ -219,7 +219,7 @@ def train(args, make_env):
                     # returns are bootstrapped from the value of what they showed last.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
-            # Decided now, because a checkpoint needs the games as they are before the update. A
+            # Decided now: if report() loses a worker, the rollout is dropped, before the update. A
             # signal that comes during the update counts in the next iteration.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
@@ -288,8 +288,8 @@ def train(args, make_env):
 
 
 # =================================================================================================
-# PLUMBING: the same text in all scripts. Skip it when reading, and copy it as it is. To change it
-# in all scripts, change it in paac_atari.py and run utils/sync_shared.py.
+# PLUMBING: nearly the same text in all scripts. Skip it when reading, and copy it as it is. To
+# change it in all of them, change it in paac_atari.py and run utils/sync_shared.py.
 # =================================================================================================
 
 # >>> shared: imports
@@ -317,7 +317,7 @@ SCRIPT = Path(__file__).stem
 
 
 def make_env(args):
-    """One game. A wrapper of yours goes here."""
+    """One game. Put your own wrappers here."""
     return gym.make(args.env_id)
 
 
@@ -326,7 +326,7 @@ def check_env_id(env_id):
         env = gym.make(env_id)
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {env_id}: {error}")
-    if not isinstance(env.action_space, gym.spaces.Discrete):
+    if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
         fail(f"--env-id {env_id} has actions {env.action_space}, not Discrete")
     if (
         not isinstance(env.observation_space, gym.spaces.Box)

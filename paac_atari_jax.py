@@ -9,16 +9,15 @@
 num_envs games run in num_workers processes. All games take num_steps steps with the same network,
 in one batch per step. Then the optimizer takes one gradient step on
 
-    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H(pi(.|s_t))]
-          + vf_coef mean[(R_t - V(s_t))^2]
+    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where r_t is clipped to [-1, 1], R_{t+1} = 0 if the game or a life ended with step t, and
-R_t - V(s_t) is a constant in the first term.
+where r_t is clipped to [-1, 1], R_{t+1} is 0 if step t ended the game or a life, but V of the last
+observation if a time limit did, and R_t - V(s_t) is a constant in the first term.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
-them (Atari's screens, worker processes, checkpoints, logs) is the same text in all scripts, as is
-all that stands between "# >>> shared" and "# <<< shared": marks for a tool, nothing to the program.
+them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
+utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" equal in all of them.
 
     python paac_atari_jax.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves and stops
     python paac_atari_jax.py --resume runs/NAME            # go on as if nothing had happened
@@ -67,7 +66,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # with rmsprop inside the root, where the paper has 0.1
+    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -86,7 +85,7 @@ class Agent(nn.Module):
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
         root_2 = math.sqrt(2)
-        pixels = jnp.moveaxis(obs, 1, -1).astype(jnp.float32) / 255  # JAX has channels last
+        pixels = jnp.moveaxis(obs, 1, -1).astype(jnp.float32) / 255  # flax has channels last
         if self.arch == "nips":
             x = nn.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
             x = nn.relu(self.conv(x, 32, kernel_size=4, stride=2))
@@ -123,9 +122,9 @@ class Agent(nn.Module):
 
 @partial(jax.jit, static_argnames="agent")
 def act(agent, params, key, obs):
-    """The next key, and actions ~ softmax(logits), logits, values, backward. backward holds the
-    activations and takes gradients of logits and values to the parameters, so that the update needs
-    no second forward pass. For continuous actions, change Agent, this function and compute_loss."""
+    """The next key, actions ~ softmax(logits), logits, values, backward. backward maps gradients of
+    logits and values to gradients of the parameters, so that the update needs no second forward
+    pass. For continuous actions, change Agent, this function, compute_loss() and action_space.n."""
 
     def forward(params):
         return agent.apply(params, obs)
@@ -144,7 +143,7 @@ def compute_values(agent, params, obs):
 
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
     next_value after the last step.
     next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
@@ -159,7 +158,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 
 
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss (its formula is at the top), policy loss, value loss and entropy, all scalars.
+    """The loss of the formula, policy loss, value loss and entropy, all scalars and means.
     logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
     logprobs = jax.nn.log_softmax(logits)
     action_logprobs = jnp.take_along_axis(logprobs, actions[..., None], -1).squeeze(-1)
@@ -184,8 +183,8 @@ def make_optimizer(args):
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "opt_state"))
 def update(optimizer, params, opt_state, learning_rate, rollout, next_value, coefficients):
-    """Targets, loss and step -> params, opt_state, {tag: value}. rollout: one entry per step, each
-    with what act() gave and what the games did; coefficients: gamma, ent_coef, vf_coef."""
+    """Targets, loss and step -> params, opt_state, {tag: value}. rollout: a dictionary, what act()
+    gave and what the games did, by steps; coefficients: gamma, ent_coef, vf_coef."""
     logits = jnp.stack(rollout["logits"])  # (num_steps, num_envs, num_actions)
     values = jnp.stack(rollout["values"])  # (num_steps, num_envs), and so are all others
     actions = jnp.stack(rollout["actions"])
@@ -256,13 +255,13 @@ def train(args, make_env):
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
 
-        # ROLLOUT: all games take num_steps steps with the same parameters. The autograd graph of
-        # these forward passes is kept, and the update backpropagates through it: a second pass
-        # would compute the same numbers. To train several epochs on a batch, as PPO does, keep each
-        # obs here and call agent() again in LOSS AND STEP.
+        # ROLLOUT: all games take num_steps steps with the same parameters. act() also returns the
+        # way back through its forward pass, which update() takes: a second pass would compute the
+        # same numbers. To train several epochs on a batch, as PPO does, keep each obs here and call
+        # agent.apply(params, obs) again in update().
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
-        backwards = []  # of each step: the way back through act()
+        backwards = []  # of each step: the way back
         final_values = np.zeros((args.num_steps, args.num_envs), np.float32)  # see last_obs
         try:
             for t in range(args.num_steps):
@@ -283,7 +282,7 @@ def train(args, make_env):
                     # A time limit ended some games, and obs already shows their next ones. Their
                     # returns are bootstrapped from the value of what they showed last.
                     final_values[t] = compute_values(agent, params, last_obs)
-            # Decided now, because a checkpoint needs the games as they are before the update. A
+            # Decided now: if report() loses a worker, the rollout is dropped, before the update. A
             # signal that comes during the update counts in the next iteration.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
@@ -313,6 +312,7 @@ def train(args, make_env):
         params, opt_state, scalars = update(
             optimizer, params, opt_state, learning_rate, rollout, next_value, coefficients
         )
+        explained_variance = scalars.pop("losses/explained_variance")
         stop_if_not_finite(scalars, next_step)
         global_step = next_step
         log.book_time("learn")
@@ -320,6 +320,7 @@ def train(args, make_env):
         # LOG AND CHECKPOINT
         log.advance(global_step)
         if log_due:
+            scalars["losses/explained_variance"] = explained_variance
             scalars["charts/learning_rate"] = learning_rate
             log.write(global_step, episodes, scalars)
         if checkpoint_due:
@@ -341,8 +342,8 @@ def train(args, make_env):
 
 
 # =================================================================================================
-# PLUMBING: the same text in all scripts. Skip it when reading, and copy it as it is. To change it
-# in all scripts, change it in paac_atari.py and run utils/sync_shared.py.
+# PLUMBING: nearly the same text in all scripts. Skip it when reading, and copy it as it is. To
+# change it in all of them, change it in paac_atari.py and run utils/sync_shared.py.
 # =================================================================================================
 
 # >>> shared: imports

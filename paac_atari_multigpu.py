@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-# OpenMP's threads should sleep while the games run, which need the cores. Between two layers they
-# should spin for some microseconds, because waking them takes longer. Set before torch is imported.
+# OpenMP's threads should sleep while the games run, because the games need the cores. Between two
+# layers they should spin, because waking them takes longer. Set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -68,7 +68,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # with rmsprop inside the root, where the paper has 0.1
+    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -118,7 +118,7 @@ class Agent(nn.Module):
             )
         self.policy = nn.Linear(hidden_size, num_actions)
         self.value = nn.Linear(hidden_size, 1)
-        if init == "orthogonal":  # torch's own initial weights are the paper's
+        if init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
@@ -138,7 +138,7 @@ class Agent(nn.Module):
 # <<< shared: network
 # >>> shared: loss
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss (its formula is at the top), policy loss, value loss and entropy, all scalars.
+    """The loss of the formula, policy loss, value loss and entropy, all scalars and means.
     logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
     logprobs = logits.log_softmax(-1)
     action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -153,7 +153,8 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 def sample_actions(logits, args, first_game):
     """Draw actions from softmax(logits): (this rank's games, num_actions) -> (this rank's games,).
-    All ranks draw the same noise for all games, and each uses that of its own games."""
+    All ranks draw the noise of all games, so that their number changes nothing (until one loses a
+    worker)."""
     noise = torch.empty(args.num_envs, logits.shape[-1], device=logits.device).exponential_()
     return (logits.softmax(-1) / noise[first_game : first_game + len(logits)]).argmax(-1)
 
@@ -161,7 +162,7 @@ def sample_actions(logits, args, first_game):
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where the game or, with --terminal-on-life-loss, a life ended (terminations);
+    0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
     next_value after the last step.
     next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
@@ -179,7 +180,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 # >>> shared: optimizer
 def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
-    if args.optimizer == "rmsprop":  # not torch's: see section 5
+    if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
     return torch.optim.Adam(agent.parameters(), **settings, fused=True)
 
@@ -210,6 +211,7 @@ def train(args, make_env):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = join_ranks(args)
+    args.track = args.track and RANK == 0
     rank_args = replace(args, num_envs=args.num_envs // WORLD_SIZE)  # this rank's games
     first_game = RANK * rank_args.num_envs
     envs = WorkerPool(rank_args, make_env, first_game)
@@ -220,11 +222,11 @@ def train(args, make_env):
     global_step = checkpoint.get("global_step", 0)
     if checkpoint:
         restore(checkpoint, agent, optimizer, args)
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], device)  # the same on all ranks
+        if device.type == "cuda" and checkpoint["rng"]["cuda"]:  # the same on all ranks
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], device)
     if len(set(gather_from_ranks(global_step))) > 1:
         fail("the ranks start at different steps: runs/ must be the same folder on all machines")
-    run_dir = choose_run_dir(args)
+    run_dir = gather_from_ranks(choose_run_dir(args))[0]  # whose name has the time in it
     if RANK == 0:
         workers = f"{WORLD_SIZE} ranks with {args.num_workers} workers each"
         say(f"{run_dir}: {args.num_envs} games on {workers}, network on the {device.type}")
@@ -270,7 +272,7 @@ def train(args, make_env):
                     # returns are bootstrapped from the value of what they showed last.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
-            # Decided now, because a checkpoint needs the games as they are before the update. A
+            # Decided now: if report() loses a worker, the rollout is dropped, before the update. A
             # signal that comes during the update counts in the next iteration.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or told_to_stop
@@ -311,7 +313,7 @@ def train(args, make_env):
         stop = torch.tensor(float(len(stop_signals)), device=device)
         gradients = [p.grad for p in agent.parameters()]
         average_over_ranks([*gradients, policy_loss, value_loss, entropy, stop])
-        told_to_stop = stop > 0
+        told_to_stop = stop.item() > 0
         grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         scalars = {
             "losses/policy_loss": policy_loss,
@@ -346,9 +348,11 @@ def train(args, make_env):
     envs.close()
     log.close()
     dist.destroy_process_group()
-    if told_to_stop and not stop_signals:
-        stop_signals = [(time.monotonic(), signal.SIGTERM)]  # came to another rank
-    exit_if_stopped(stop_signals, global_step, run_dir)
+    if told_to_stop:
+        signum = stop_signals[0][1] if stop_signals else signal.SIGTERM  # it came to another rank
+        if RANK > 0:
+            sys.exit(128 + signum)
+        exit_if_stopped([(0.0, signum)], global_step, run_dir)
 
 
 def join_ranks(args):
@@ -380,8 +384,8 @@ def get_cuda_rng(device):
 
 
 # =================================================================================================
-# PLUMBING: the same text in all scripts. Skip it when reading, and copy it as it is. To change it
-# in all scripts, change it in paac_atari.py and run utils/sync_shared.py.
+# PLUMBING: nearly the same text in all scripts. Skip it when reading, and copy it as it is. To
+# change it in all of them, change it in paac_atari.py and run utils/sync_shared.py.
 # =================================================================================================
 
 # >>> shared: imports

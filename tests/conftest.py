@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 SYNCHRONOUS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]
 SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]  # paac.py: see test_gym.py
+# Below the fence the Q scripts are paac_atari.py, letter for letter (test_drift.py): what is long
+# and happens there alone is tried with these.
+DISTINCT = ["paac_atari", "paac_atari_jax", "a3c_atari"]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Q_SCRIPTS, ROOT, SYNCHRONOUS, command, only_run, run, scalars, small
+from conftest import DISTINCT, Q_SCRIPTS, ROOT, SYNCHRONOUS, command, only_run, run, scalars, small
 from flax.serialization import msgpack_restore, msgpack_serialize
 
 
@@ -362,6 +362,7 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 @pytest.mark.parametrize("kind", ["truncated", "foreign", "pickled"])
 def test_bad_checkpoint_gets_one_line(script, tmp_path, kind):
     if kind == "truncated":
@@ -420,6 +421,7 @@ def test_resume_auto_takes_names_as_they_are(script, tmp_path, monkeypatch):
     assert resumed == f"runs/{run_dir.name}"
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_a_run_of_an_older_version_goes_on(script, tmp_path, monkeypatch, capsys):
     """With the network and the optimizer; what was kept in another form starts anew, which is said.
     So does all but the network of an exported agent, into a run folder of its own."""
@@ -473,6 +475,7 @@ def test_killed_worker_is_replaced(script, start, tmp_path):
     assert load(only_run(tmp_path))["global_step"] in reached(script, 2000)
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_stuck_worker_is_replaced(start, tmp_path):
     r = start("--step-timeout", "2")
     r.wait_for_output(" steps/s")
@@ -491,6 +494,7 @@ def test_stuck_worker_is_replaced(start, tmp_path):
     assert victim not in parents()
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_gives_up_when_workers_keep_dying(start, tmp_path):
     r = start("--checkpoint-interval", "100", "--step-timeout", "20")
     wait_for(lambda: any(map(checkpoint_file, tmp_path.glob("runs/*"))))
@@ -524,6 +528,7 @@ def test_not_a_number_stops_before_it_spreads(script, tmp_path):
     assert checkpoint_file(run_dir).read_bytes() == before
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_full_disk_is_a_warning(script, tmp_path):
     assert run(command(script, *small(script), "--total-timesteps", 100), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
@@ -542,6 +547,7 @@ def test_full_disk_is_a_warning(script, tmp_path):
     assert checkpoint_file(run_dir).read_bytes() == before
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_unwritable_folder_is_a_warning(script, tmp_path):
     (tmp_path / "runs").write_text("not a folder")
     result = run(command(script, *small(script), "--total-timesteps", 80), tmp_path)
@@ -552,6 +558,7 @@ def test_unwritable_folder_is_a_warning(script, tmp_path):
     assert any(f"step {step} of" in result.stdout for step in reached(script, 80))
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_warning_that_cannot_be_written_either(script, tmp_path):
     """The log lies on the full disk, too."""
     (tmp_path / "runs").write_text("not a folder")
@@ -562,6 +569,7 @@ def test_warning_that_cannot_be_written_either(script, tmp_path):
     assert any(f"step {step} of" in result.stdout for step in reached(script, 80)), result.stdout
 
 
+@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_nothing_survives_a_killed_learner(start):
     r = start()
     r.wait_for_output(" steps/s")
@@ -611,6 +619,7 @@ def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
     assert len([*filter(checkpoint_file, tmp_path.glob("runs/*"))]) == 2
 
 
+@pytest.mark.parametrize("script", [*DISTINCT, "nstep_q_atari"], indirect=True)
 def test_evaluate_and_plot(script, tmp_path):
     args = [*small(script), "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 3000]
     assert run(command(script, *args), tmp_path).returncode == 0
