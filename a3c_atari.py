@@ -305,11 +305,12 @@ def train(args, make_env):
     episodes = []  # since the last point
     while not is_last:
         episodes += actors.watch(global_step)
+        last_step = global_step
+        global_step = first_step + int(shared.steps.sum())
         is_last = global_step >= args.total_timesteps or len(stop_signals) > 0
         if is_last:
             actors.stop()
-        last_step = global_step
-        global_step = first_step + int(shared.steps.sum())
+            global_step = first_step + int(shared.steps.sum())  # they finished the update at hand
         log.advance(global_step)
         checkpoint_due = is_last or is_due(args.checkpoint_interval, last_step, global_step)
         log_due = checkpoint_due or is_due(args.log_interval, last_step, global_step)
@@ -568,7 +569,8 @@ class ActorPool:
         process.kill()
         self.num_losses[i] += 1
         if self.num_losses[i] == 3:
-            sys.exit(f"{name} {cause}; three times without an update: giving up")
+            advice = "If there is a checkpoint, --resume goes on from it"
+            sys.exit(f"{name} {cause}; three times without an update: giving up. {advice}")
         say(f"\n{name} {cause}; its game starts anew", sys.stderr)
         self.start_one(i)
 

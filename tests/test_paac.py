@@ -231,7 +231,7 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
     rollouts = []
 
     def compute_returns(*inputs):
-        rollouts.append([x.clone() if torch.is_tensor(x) else x for x in inputs])
+        rollouts.append([x.detach().clone() if torch.is_tensor(x) else x for x in inputs])
         return paac_compute_returns(*inputs)
 
     def compute_loss(logits, values, actions, returns, *coefficients):
