@@ -809,6 +809,8 @@ def parse_args(argv=None):
 
 def parse_resumed_args(resume, argv):
     """The run's own flags, replaced by those that are typed with --resume."""
+    if Path(resume).name == CHECKPOINT:
+        resume = str(Path(resume).parent)
     try:
         checkpoint = load_checkpoint(resume)
     except ValueError as error:

@@ -443,6 +443,7 @@ def test_a_run_of_an_older_version_goes_on(script, tmp_path, monkeypatch, capsys
         more = ["--resume", str(resume), "--total-timesteps", "200"]
         script.train(script.parse_args(more), script.make_env)
         assert missing in capsys.readouterr().out
+    assert script.parse_args(["--resume", str(path)]).resume == str(path.parent)
     run_dirs = list(tmp_path.glob("runs/*"))
     assert len(run_dirs) == 2
     assert all(load(run_dir)["global_step"] in reached(script, 200) for run_dir in run_dirs)
