@@ -63,7 +63,8 @@ def alone(folder, *args):
 
 
 def test_learns_cartpole(tmp_path):
-    """500 is the most; with the default setting, four of four seeds come to it."""
+    """500 is the most. With the default setting, the last 100 games of four of four seeds came to
+    478 to 495 on average."""
     result = run(command(paac, "--total-timesteps", 500_000), tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
     scores = [score for _, score in scalars(only_run(tmp_path))["charts/episodic_return"]]
