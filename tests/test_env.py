@@ -1,4 +1,4 @@
-"""AtariEnv and AtariWorker: the games look, reward and end as in gymnasium's own wrappers, and each
+"""AtariEnv and the workers: the games look, reward and end as in gymnasium's own wrappers, and each
 for itself. PAAC's are tested; test_drift.py holds those of the other scripts to the same text."""
 
 import contextlib
