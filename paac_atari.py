@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.8,<2.14", "gymnasium>=1.2.3,<1.5", "ale-py>=0.11.1,<0.13",
-#   "numpy>=2,<3", "opencv-python-headless>=4.10,<6", "tyro>=0.9.2,<2", "tensorboard>=2.19,<3",
-#   "tqdm>=4.66,<5"]
+# dependencies = ["torch>=2.8,<3", "gymnasium>=1.2.3,<2", "ale-py>=0.11.1,<1",
+#   "numpy>=2,<3", "opencv-python-headless>=4.10,<6", "tyro>=0.9.2,<2", "tensorboard>=2.19,<3"]
 # ///
 """PAAC: parallel advantage actor-critic on Atari (Clemente et al. 2017, arXiv 1705.04862).
 
@@ -20,7 +19,7 @@ them (Atari's screens, worker processes, checkpoints, logs) hardly differs betwe
 utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" equal in all of them.
 
     python paac_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves a checkpoint and stops
-    python paac_atari.py --resume runs/NAME            # go on as if nothing had happened
+    python paac_atari.py --resume runs/NAME            # resumes exactly where it stopped
 """
 
 import math
@@ -47,7 +46,7 @@ class Args:  # the comments are the texts of --help
     torch_deterministic: bool = True  # deterministic kernels on a GPU
     cuda: bool = True  # use the GPU where there is one
     track: bool = False  # log to Weights & Biases, too (pip install wandb)
-    resume: str | None = None  # run folder to go on with; auto: the newest with these flags
+    resume: str | None = None  # run folder to resume; auto: the newest with these flags
     log_interval: int = 10_000  # agent steps between two points of the curves
     checkpoint_interval: int = 500_000  # agent steps between two checkpoints
 
@@ -294,7 +293,6 @@ def train(args, make_env):
         log.book_time("learn")
 
         # LOG AND CHECKPOINT
-        log.advance(global_step)
         if log_due:
             scalars["losses/explained_variance"] = 1 - (returns - values).var() / returns.var()
             scalars["charts/learning_rate"] = learning_rate
@@ -324,7 +322,9 @@ def train(args, make_env):
 
 # >>> shared: imports
 import atexit
+import fcntl
 import glob
+import importlib.util
 import multiprocessing.connection
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -333,12 +333,12 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from functools import partial, wraps
 
 import tyro
-from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 # <<< shared: imports
@@ -346,7 +346,6 @@ SCRIPT = Path(__file__).stem
 # 3. Games ----------------------------------------------------------------------------------------
 
 # >>> shared: games
-import difflib
 import json
 
 import ale_py
@@ -359,11 +358,12 @@ def make_env(args):
 
 
 def check_env_id(env_id):
-    if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
-        return
-    games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
-    closest = difflib.get_close_matches(env_id, games, n=3, cutoff=0)
-    fail(f"--env-id {env_id} is no Atari game; closest: {', '.join(closest)}")
+    try:
+        is_atari = gym.spec(env_id).entry_point == "ale_py.env:AtariEnv"
+    except gym.error.Error as error:  # which proposes a name that is close
+        fail(f"--env-id {env_id}: {error} (ids look like PongNoFrameskip-v4 and ALE/Pong-v5)")
+    if not is_atari:
+        fail(f"--env-id {env_id} is no Atari game; {SCRIPT}.py's games are those of ale_py")
 
 
 class AtariEnv(gym.Env):
@@ -587,23 +587,17 @@ class Worker(gym.Env):
         return episodes, states
 
 
-class LocalVectorEnv:
-    """--num-workers 0: a Worker in this process, with the methods of AsyncVectorEnv."""
-
-    def __init__(self, make_worker):
-        self.worker = make_worker()
+class LocalVectorEnv(Worker):
+    """--num-workers 0: a Worker in this process, to be called as AsyncVectorEnv is."""
 
     def reset(self, seed, options):
-        obs, info = self.worker.reset(seed=seed[0], options=options)
-        return obs[np.newaxis], info
+        return super().reset(seed=seed[0], options=options)
 
     def step(self, actions):
-        *outcome, info = self.worker.step(actions[0])
-        info = {name: value[np.newaxis] for name, value in info.items()}
-        return *(np.asarray(x)[np.newaxis] for x in outcome), info
+        return super().step(actions[0])
 
     def call(self, name, *args):
-        return [getattr(self.worker, name)(*args)]
+        return [getattr(self, name)(*args)]
 
 
 class TimedVectorEnv(gym.vector.AsyncVectorEnv):
@@ -632,7 +626,9 @@ class WorkerPool:
         self.observation_space = game.observation_space  # of one game
         self.action_space = game.action_space
         game.close()
+        self.obs_shape = (args.num_envs, *game.observation_space.shape)
         self.args = args
+        self.make_env = make_env
         self.envs = None  # gymnasium's vector environment, from start() to the end or a loss
         self.num_losses = 0
         self.loss_step = None
@@ -640,15 +636,11 @@ class WorkerPool:
         self.games = []  # of each worker, the numbers of its games
         for first in range(first_game, first_game + args.num_envs, self.games_per_worker):
             self.games.append(range(first, first + self.games_per_worker))
-        spaces = (self.observation_space, self.action_space)
-        self.make_workers = [
-            partial(Worker, args, make_env, games, *spaces) for games in self.games
-        ]
         atexit.register(self.close)
 
     def start(self, seed, global_step, states=None):
         """Start all games, new or in the given states -> obs (num_envs, *observation shape)."""
-        seeds = [seed] * len(self.make_workers)
+        seeds = [seed] * len(self.games)
         while True:
             attempt = self.num_losses if global_step == self.loss_step else 0
             options = {"global_step": global_step, "attempt": attempt, "states": states}
@@ -657,23 +649,24 @@ class WorkerPool:
                     if self.envs is None:
                         self.envs = self.make_vector_env()
                     obs, _ = self.envs.reset(seed=seeds, options=options)
-                return self.per_game(obs).copy()
+                return obs.reshape(self.obs_shape).copy()
             except WorkerLost as lost:
                 self.note_loss(lost, global_step)
 
     def step(self, actions):
         """actions: array (num_envs, ...) -> obs as start(); rewards, terminations, truncations:
         (num_envs,); last_obs: None, or obs before the restarts where a time limit ended a game."""
-        shape = (len(self.make_workers), self.games_per_worker, *actions.shape[1:])
+        shape = (len(self.games), self.games_per_worker, *actions.shape[1:])
         with self.raising_worker_lost():
-            *outcome, info = self.envs.step(actions.reshape(shape).tolist())  # lists: cheap to send
-        obs, rewards, terminations, truncations = map(self.per_game, outcome)
+            obs, *outcome, info = self.envs.step(actions.reshape(shape).tolist())  # lists: cheap
+        rewards, terminations, truncations = (np.reshape(x, self.args.num_envs) for x in outcome)
         last_obs = info.get("last_obs")  # zeros from workers without a time limit in this step
         if last_obs is not None:
-            last_obs = self.per_game(last_obs)
+            last_obs = last_obs.reshape(self.obs_shape)
         # A copy, because the workers overwrite their memory in the next step, while autograd or a
         # list of observations still needs what is in it now.
-        return obs.copy(), rewards, terminations, truncations, last_obs
+        obs = obs.reshape(self.obs_shape).copy()
+        return obs, rewards, terminations, truncations, last_obs
 
     def report(self, with_states):
         """The episodes and, if wanted, the states of Worker.report() of all workers."""
@@ -695,18 +688,18 @@ class WorkerPool:
             self.envs.closed = True  # so that its destructor does not wait for them either
         self.envs = None
 
-    def per_game(self, x):
-        """(num_workers, games per worker, ...) -> (num_envs, ...), the same memory"""
-        return x.reshape(self.args.num_envs, *x.shape[2:])
-
     def make_vector_env(self):
+        spaces = (self.observation_space, self.action_space)
         if self.args.num_workers == 0:
-            return LocalVectorEnv(*self.make_workers)
+            return LocalVectorEnv(self.args, self.make_env, *self.games, *spaces)
         # Not fork: when workers are replaced, the learner has threads and perhaps a GPU, and a
         # forked child may hang.
         start_fork_server()
         options = {"copy": False, "autoreset_mode": "Disabled", "context": "forkserver"}
-        envs = TimedVectorEnv(self.make_workers, **options)
+        make_workers = [
+            partial(Worker, self.args, self.make_env, games, *spaces) for games in self.games
+        ]
+        envs = TimedVectorEnv(make_workers, **options)
         envs.step_timeout = self.args.step_timeout
         envs.start_timeout = self.args.step_timeout + self.games_per_worker  # a second per game
         place_workers(envs.processes)
@@ -719,9 +712,9 @@ class WorkerPool:
         self.loss_step = global_step
         self.num_losses += 1
         if self.num_losses == 3:
-            advice = "If there is a checkpoint, --resume goes on from it"
+            advice = "--resume continues from the last checkpoint, if there is one"
             sys.exit(f"{lost}; three times without progress: giving up. {advice}")
-        say(f"\n{lost}; all games start anew, the rollout at hand is dropped", sys.stderr)
+        say(f"{lost}; all games start anew, the rollout at hand is dropped", sys.stderr)
 
     @contextmanager
     def raising_worker_lost(self):
@@ -824,6 +817,8 @@ def parse_args(argv=None):
     if args.resume:
         args = parse_resumed_args(args.resume, argv)
     check_numbers(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
     check_env_id(args.env_id)
     return args
@@ -842,23 +837,39 @@ def parse_resumed_args(resume, argv):
     for name in FIXED_FLAGS:
         if getattr(args, name, None) != getattr(saved, name, None):
             fail(f"{resume}: --{name.replace('_', '-')} cannot change within a run")
-    missing = [part for part in ("optimizer", "env_states") if not checkpoint.get(part)]
-    if missing:
-        say(f"{resume} has no {' and no '.join(missing)}: these start anew")
+    if checkpoint["global_step"] >= args.total_timesteps:
+        say(f"{resume}: nothing left to do; --total-timesteps is {args.total_timesteps:,}")
+        sys.exit(0)
+    if "optimizer" not in checkpoint:
+        say(f"{resume}: an agent without its optimizer, which starts anew")
+    if not checkpoint.get("env_states"):
+        say(f"{resume}: has no states of the games: they start anew")
     return args
 
 
+# Numeric flags lie between these; unlisted integers start at 1, unlisted floats at 0.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "num_workers": (0, 10**4),
+    "step_timeout": (0.001, 10**6),
+    "gamma": (0, 1),
+    "max_grad_norm": (1e-12, 10**12),
+    "optimizer_epsilon": (1e-12, 10**12),
+    "final_epsilons": (0, 1),
+}
+
+
 def check_numbers(args):
-    """Refuse numbers that are negative, infinite or nan, and integers below 1, except for the seed
-    and the number of workers."""
     for name, value in vars(args).items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        lowest = 0
-        if isinstance(value, int) and name not in ("seed", "num_workers"):
-            lowest = 1
-        if not lowest <= value < math.inf:  # true for nan, too
-            fail(f"--{name.replace('_', '-')} cannot be {value}")
+        for number in value if isinstance(value, tuple) else [value]:
+            if type(number) not in (int, float):
+                continue
+            lowest, highest = RANGES.get(name, (1 if type(number) is int else 0, 10**12))
+            if not lowest <= number <= highest:  # true for nan, too
+                flag = name.replace("_", "-")
+                fail(f"--{flag} {number}: must lie between {lowest} and {highest:,}")
+        if value == ():
+            fail(f"--{name.replace('_', '-')}: at least one number")
 
 
 def run_name(args):
@@ -907,33 +918,33 @@ def load_checkpoint(path):
         checkpoint = deserialize(path)
         script = checkpoint["script"]
         flags = checkpoint["args"]
+        has_rest = "global_step" in checkpoint and "agent" in checkpoint
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
     except Exception as error:  # a damaged file raises nearly anything
-        previous = path.with_stem("checkpoint.prev")
-        raise ValueError(f"{path}: damaged. The one before may be in {previous}") from error
+        raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
+    if not has_rest:
+        raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
     return checkpoint
 
 
 def save_checkpoint(run_dir, checkpoint):
-    """Replace the run's checkpoint in one step, so that there is a whole one at any time; the one
-    before is kept as checkpoint.prev. If the disk is full, warn and go on."""
+    """Replace the run's checkpoint in one step, so that there is a whole one at any time. If the
+    disk is full, warn and go on. A network that is not finite ends the run instead."""
+    if not is_finite(checkpoint["agent"]):
+        sys.exit(f"step {checkpoint['global_step']}: a parameter is inf or nan: {NOT_FINITE}")
     path = run_dir / CHECKPOINT
-    previous = path.with_stem("checkpoint.prev")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".tmp"), "wb") as file:
             file.write(serialize(checkpoint))
             file.flush()
             os.fsync(file.fileno())
-        with suppress(OSError):  # there is none yet, or the disk has no hard links
-            previous.unlink(missing_ok=True)
-            os.link(path, previous)
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
-        say(f"\nwarning: no checkpoint written: {error}; training goes on", sys.stderr)
+        say(f"warning: no checkpoint written: {error}; training continues", sys.stderr)
 
 
 def is_due(interval, last_step, step):
@@ -941,12 +952,14 @@ def is_due(interval, last_step, step):
     return step // interval > last_step // interval
 
 
+NOT_FINITE = "stopped, with the last checkpoint as it was. A lower --learning-rate may help"
+
+
 def stop_if_not_finite(losses, step):
     if math.isfinite(sum(losses.values())):
         return
     parts = ", ".join(f"{tag.removeprefix('losses/')} {loss:g}" for tag, loss in losses.items())
-    advice = "stopped; the last checkpoint stays as it is. A lower --learning-rate may help"
-    sys.exit(f"step {step}: {parts}: {advice}")
+    sys.exit(f"step {step}: {parts}: {NOT_FINITE}")
 
 
 def catch_stop_signals():
@@ -974,7 +987,7 @@ def exit_if_stopped(stop_signals, global_step, run_dir):
     if stop_signals:
         _, signum = stop_signals[0]
         name = signal.Signals(signum).name
-        say(f"{name}: stopped at step {global_step:,}; to go on: --resume {run_dir}")
+        say(f"{name}: stopped at step {global_step:,}; resume it with --resume {run_dir}")
         sys.exit(128 + signum)
 
 
@@ -982,33 +995,30 @@ class Log:
     """Progress on the terminal, as a bar or as lines, and curves in TensorBoard. If one of them
     fails, the other and the training go on."""
 
-    def __init__(self, args, run_dir, global_step, recent_scores, has_bar=True):
+    def __init__(self, args, run_dir, global_step, recent_scores, writes=True):
         self.args = args
         self.run_dir = run_dir
+        self.lock = lock_run_dir(run_dir) if writes else None
         self.last_step = global_step  # of the last point
         self.last_point = time.perf_counter()
         self.last_booking = self.last_point
         self.seconds = Counter()  # since the last point, by what they were spent on
         self.recent_scores = deque(recent_scores, maxlen=100)
         self.writer = None  # opened with the first point: an unwritable folder is a warning then
-        has_bar = has_bar and sys.stderr is not None and sys.stderr.isatty()
-        steps = {"total": args.total_timesteps, "initial": global_step, "unit": " steps"}
-        self.bar = tqdm(**steps, disable=not has_bar)
         threading.excepthook = ignore_full_disk
         if args.track:
             import wandb
 
-            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name)
+            # A resumed run goes on in W&B, too, because its id depends on the folder's name alone.
+            run_id = uuid.uuid5(uuid.NAMESPACE_URL, run_dir.name).hex
+            names = {"name": run_dir.name, "id": run_id, "resume": "allow"}
+            wandb.init(sync_tensorboard=True, config=asdict(args), **names)
 
     def book_time(self, part):
         """Book the time since the last call under `part`."""
         now = time.perf_counter()
         self.seconds[part] += now - self.last_booking
         self.last_booking = now
-
-    def advance(self, global_step):
-        with suppress(OSError):  # the terminal may be gone
-            self.bar.update(global_step - self.bar.n)
 
     def write(self, global_step, episodes, scalars):
         """A point of all curves. episodes: (score, length) of the games that ended since the last
@@ -1031,7 +1041,7 @@ class Log:
                 self.writer.add_scalar(tag, scalar, global_step)
             self.writer.flush()  # so that TensorBoard is never behind a checkpoint
         except OSError as error:
-            say(f"\nwarning: no points in {self.run_dir}: {error}; training goes on", sys.stderr)
+            say(f"warning: no points in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
         self.last_point = now
@@ -1041,10 +1051,10 @@ class Log:
         score = "no game over yet"
         if self.recent_scores:
             score = f"score {np.mean(self.recent_scores):.1f}"
-        self.bar.set_postfix_str(score, refresh=False)
-        if self.bar.disable:
-            total = self.args.total_timesteps
-            say(f"step {global_step:,} of {total:,}  {speed:,.0f} steps/s  {score}")
+        total = self.args.total_timesteps
+        hours = (total - global_step) / speed / 3600
+        progress = f"step {global_step:,} of {total:,}  {speed:,.0f} steps/s"
+        say(f"{progress}  {hours:.1f} h left  {score}")
 
     def open_writer(self):
         # After a crash, TensorBoard is ahead of the checkpoint: those points will come again.
@@ -1054,7 +1064,26 @@ class Log:
         return writer
 
     def close(self):
-        self.bar.close()
+        if self.lock is not None:
+            self.lock.close()
+
+
+def lock_run_dir(run_dir):
+    """Keep other processes from resuming this run. Returns the open file that holds the lock, or
+    None where the folder cannot be written or locked."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "a+")  # the lock lasts as long as it is open
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"{run_dir} is in use by process {file.read()}")
+    except OSError:
+        return None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def ignore_full_disk(died):
@@ -1096,6 +1125,10 @@ def serialize(checkpoint):
     buffer = io.BytesIO()  # written to a file, torch.save() hides the OSError of a full disk
     torch.save(checkpoint, buffer)
     return buffer.getbuffer()
+
+
+def is_finite(agent_state):
+    return all(parameter.isfinite().all() for parameter in agent_state.values())
 
 
 def deserialize(path):

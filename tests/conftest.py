@@ -1,5 +1,9 @@
 """What all tests share. Everything is tested through the scripts' own functions and command lines;
-SCRIPTS lists the scripts."""
+SCRIPTS lists the scripts.
+
+    python -m pytest            # minutes: paac_atari.py, the mathematics of all, each script once
+    python -m pytest -m slow    # the rest: what takes longer, and the siblings' plumbing
+"""
 
 import importlib
 import os
@@ -19,7 +23,15 @@ SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]  # paac.py: see test_gym.py
 # Below the fence the Q scripts are paac_atari.py, letter for letter (test_drift.py): what is long
 # and happens there alone is tried with these.
 DISTINCT = ["paac_atari", "paac_atari_jax", "a3c_atari"]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "utils")]
+
+
+def each(scripts):
+    """For parametrize: all scripts but paac_atari.py are slow, as most of their text is its own."""
+    return [
+        name if name == "paac_atari" else pytest.param(name, marks=pytest.mark.slow)
+        for name in scripts
+    ]
 
 
 def pytest_collection_modifyitems(items):
@@ -27,7 +39,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "learns" not in item.name)
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=each(SCRIPTS))
 def script(request):
     """Each script as a module."""
     return importlib.import_module(request.param)
@@ -44,6 +56,16 @@ def small(script):
     return [*flags, "--num-envs", "4", "--num-workers", "2"]
 
 
+def train(script, *args, make_env=None):
+    """A small run in this process, in the current folder."""
+    parsed = script.parse_args([*small(script), *map(str, args)])
+    script.train(parsed, make_env or script.make_env)
+
+
+def resume(script, run_dir, *args):
+    script.train(script.parse_args(["--resume", *map(str, [run_dir, *args])]), script.make_env)
+
+
 def command(script, *args):
     return [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, args)]
 
@@ -54,6 +76,11 @@ def run(cmd, cwd, timeout=180, **kwargs):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | kwargs
     return subprocess.run(list(map(str, cmd)), cwd=cwd, timeout=timeout, env=env, **options)
+
+
+def tool(name, *args):
+    """The command line of a program in utils/."""
+    return [sys.executable, str(ROOT / "utils" / f"{name}.py"), *map(str, args)]
 
 
 def only_run(folder):

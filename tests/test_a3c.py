@@ -122,6 +122,7 @@ def test_updates_reach_the_shared_memory():
         assert process.exitcode == 0
 
 
+@pytest.mark.slow
 def test_concurrent_updates_stay_finite(tmp_path, monkeypatch):
     """Eight actor-learners on as many cores as there are, at a high learning rate; none is left
     behind."""

@@ -12,25 +12,27 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import SYNCHRONOUS, small
+from conftest import SYNCHRONOUS, each, small
 from games import Catch, Scripted, scripted_steps
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 import paac_atari
 
+
 # Screens of 210, 210, 250, 214 and 210 lines; the v5 ones with sticky actions.
-GAMES = [
-    "BreakoutNoFrameskip-v4",
-    "PongNoFrameskip-v4",
-    "ALE/AirRaid-v5",
-    "ALE/Carnival-v5",
-    "ALE/Qbert-v5",
-]
-
-
-@pytest.mark.parametrize("life_loss", [False, True])
-@pytest.mark.parametrize("env_id", GAMES)
+@pytest.mark.parametrize(
+    "env_id, life_loss",
+    [
+        ("BreakoutNoFrameskip-v4", True),
+        ("ALE/Qbert-v5", False),
+        pytest.param("BreakoutNoFrameskip-v4", False, marks=pytest.mark.slow),
+        pytest.param("PongNoFrameskip-v4", True, marks=pytest.mark.slow),
+        pytest.param("ALE/AirRaid-v5", True, marks=pytest.mark.slow),
+        pytest.param("ALE/Carnival-v5", True, marks=pytest.mark.slow),
+        pytest.param("ALE/Qbert-v5", True, marks=pytest.mark.slow),
+    ],
+)
 def test_equals_gymnasium_preprocessing(env_id, life_loss):
     ours = paac_atari.AtariEnv(env_id, 4, life_loss)
     preprocessed = AtariPreprocessing(
@@ -58,6 +60,7 @@ def test_passes_the_env_checker():
     assert env.render().shape == (210, 160, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("env_id, sticky", [("PongNoFrameskip-v4", 0.0), ("ALE/Pong-v5", 0.25)])
 def test_sticky_actions_follow_the_id(env_id, sticky):
     env = paac_atari.AtariEnv(env_id)
@@ -133,7 +136,7 @@ def test_time_limits_come_with_the_last_observations(num_workers, monkeypatch):
         np.testing.assert_array_equal(obs.reshape(4, -1)[:, 0], shown)
 
 
-@pytest.mark.parametrize("name", SYNCHRONOUS)
+@pytest.mark.parametrize("name", each(SYNCHRONOUS))
 def test_training_goes_on_after_time_limits_in_workers(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     script = importlib.import_module(name)
@@ -144,7 +147,13 @@ def test_training_goes_on_after_time_limits_in_workers(name, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "env_id", ["ALE/Qbert-v5", "QbertNoFrameskip-v4", "ALE/Breakout-v5", "ALE/Seaquest-v5"]
+    "env_id",
+    [
+        "ALE/Qbert-v5",
+        pytest.param("QbertNoFrameskip-v4", marks=pytest.mark.slow),
+        pytest.param("ALE/Breakout-v5", marks=pytest.mark.slow),
+        pytest.param("ALE/Seaquest-v5", marks=pytest.mark.slow),
+    ],
 )
 def test_restored_game_goes_on_exactly(env_id):
     live, restored = paac_atari.AtariEnv(env_id, 4, True), paac_atari.AtariEnv(env_id, 4, True)
@@ -285,7 +294,7 @@ def test_generators_are_distinct():
             for first_game in (0, 8):
                 envs = paac_atari.WorkerPool(args, paac_atari.make_env, first_game)
                 envs.start(seed, global_step)
-                for env in envs.envs.worker.envs:
+                for env in envs.envs.envs:
                     streams.append(tuple(env.atari.np_random.integers(0, 2**62, 4)))
     assert len(set(streams)) == len(streams) == 96
 
@@ -297,6 +306,7 @@ def all_games():
     ]
 
 
+@pytest.mark.slow
 def test_all_games_start_and_step():
     v5, noframeskip = all_games()
     assert (len(v5), len(noframeskip)) == (104, 62)

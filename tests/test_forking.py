@@ -25,16 +25,31 @@ def test_there_are_five():
     assert [name for _, name, _ in FORKS] == list(TITLES)
 
 
-@pytest.mark.parametrize("script, name, diff", FORKS, ids=[name for _, name, _ in FORKS])
-def test_fork_trains_and_resumes(tmp_path, script, name, diff):
+EACH_FORK = pytest.mark.parametrize("script, name, diff", FORKS, ids=[name for _, name, _ in FORKS])
+
+
+def apply(folder, script, name, diff):
+    """The script with the change, in a file of its own."""
+    fork = folder / f"{name}.py"
+    fork.write_text((ROOT / script).read_text())
+    patch = ["patch", "--fuzz=0", fork.name]
+    patched = subprocess.run(patch, cwd=folder, input=diff, capture_output=True, text=True)
+    assert patched.returncode == 0, patched.stdout + patched.stderr
+    return fork
+
+
+@EACH_FORK
+def test_fork_applies_and_is_as_short_as_it_is_said_to_be(tmp_path, script, name, diff):
     changed = sum(line[0] in "+-" for line in diff.splitlines())
     assert re.search(rf"\| \[{TITLES[name]}\]\(#\S+\) \| `{script}` \| {changed} \|", DOC)
     assert changed <= MOST_CHANGED_LINES.get(name, changed)
-    fork = tmp_path / f"{name}.py"
-    fork.write_text((ROOT / script).read_text())
-    patch = ["patch", "--fuzz=0", fork.name]
-    patched = subprocess.run(patch, cwd=tmp_path, input=diff, capture_output=True, text=True)
-    assert patched.returncode == 0, patched.stdout + patched.stderr
+    compile(apply(tmp_path, script, name, diff).read_text(), name, "exec")
+
+
+@pytest.mark.slow
+@EACH_FORK
+def test_fork_trains_and_resumes(tmp_path, script, name, diff):
+    fork = apply(tmp_path, script, name, diff)
     flags = ["--num-envs", 4, "--num-workers", 2, "--log-interval", 100, "--total-timesteps", 400]
     result = run([sys.executable, fork, *flags], tmp_path)
     assert result.returncode == 0, result.stderr

@@ -41,8 +41,15 @@ def to_jax(agent):
     return {"params": params}
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
-@pytest.mark.parametrize("arch", ["nips", "nature"])
+@pytest.mark.parametrize(
+    "arch, optimizer",
+    [
+        ("nips", "adam"),
+        ("nature", "rmsprop"),
+        pytest.param("nips", "rmsprop", marks=pytest.mark.slow),
+        pytest.param("nature", "adam", marks=pytest.mark.slow),
+    ],
+)
 def test_an_update_equals_torchs(arch, optimizer):
     """Outputs, targets, loss, gradient norm and parameters after three updates, from the same
     weights on the same batches."""
@@ -120,8 +127,15 @@ def test_an_update_equals_torchs(arch, optimizer):
         )
 
 
-@pytest.mark.parametrize("arch", ["nips", "nature"])
-@pytest.mark.parametrize("init", ["orthogonal", "uniform"])
+@pytest.mark.parametrize(
+    "arch, init",
+    [
+        ("nips", "orthogonal"),
+        ("nature", "uniform"),
+        pytest.param("nips", "uniform", marks=pytest.mark.slow),
+        pytest.param("nature", "orthogonal", marks=pytest.mark.slow),
+    ],
+)
 def test_network_init(arch, init):
     """As the torch script's: orthogonal with its gains, or U(+-1/sqrt(fan_in)), biases too."""
     params = paac_atari_jax.Agent(6, arch, init).init(

@@ -29,6 +29,7 @@ def the_run(folder, name):
     return run_dir
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     """After 50 updates: one rank is paac_atari.py bit for bit, two differ by rounding alone; the
     games are the same."""
@@ -63,6 +64,7 @@ def test_two_ranks_equal_one(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_resume_is_exact(tmp_path):
     """A signal-free stop at a checkpoint: 20 updates equal 10 and, resumed, 10 more, bit for
     bit."""
@@ -120,6 +122,7 @@ def ranks(process):
     return sorted(pid for pid, parent in parents().items() if parent == process.pid)
 
 
+@pytest.mark.slow
 def test_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path):
     process, log = start("--")
     wait_for(lambda: " steps/s" in log.read_text())
@@ -131,6 +134,18 @@ def test_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path):
     wait_for(lambda: not family & parents().keys(), 10)
 
 
+@pytest.mark.slow
+def test_killed_torchrun_stops_all_ranks_with_a_checkpoint(start, tmp_path):
+    process, log = start("--")
+    wait_for(lambda: " steps/s" in log.read_text())
+    family = descendants(process.pid)
+    process.kill()
+    wait_for(lambda: not family & parents().keys(), 60)
+    assert "SIGTERM: stopped at step" in log.read_text()
+    assert load(next(tmp_path.glob("runs/*")))["global_step"] > 0
+
+
+@pytest.mark.slow
 def test_killed_rank_restarts_the_job_from_the_checkpoint(start, tmp_path):
     process, log = start(
         "--max-restarts",
@@ -155,6 +170,7 @@ def test_killed_rank_restarts_the_job_from_the_checkpoint(start, tmp_path):
     assert victim not in parents()
 
 
+@pytest.mark.slow
 def test_ranks_with_different_checkpoints_do_not_start(tmp_path):
     """Two machines whose runs/ are not the same folder: one finds the checkpoint to resume, the
     other starts anew."""
@@ -185,6 +201,7 @@ def test_without_torchrun_one_line_says_how(tmp_path):
     ), result.stderr
 
 
+@pytest.mark.slow
 def test_games_must_fit_the_ranks(tmp_path):
     result = run(torchrun(2, "--", "--num-envs", "5"), tmp_path)
     assert "--num-envs 5 is not a multiple of 2 ranks" in result.stderr

@@ -5,9 +5,7 @@ import sys
 from itertools import pairwise
 
 import pytest
-from conftest import ROOT, run
-
-sys.path.insert(0, str(ROOT / "utils"))
+from conftest import ROOT, run, tool
 
 
 def test_medians_and_ratios_are_those_of_the_rounds(capsys):
@@ -56,6 +54,7 @@ def test_all_games_count_where_the_cores_do_not_divide_them(monkeypatch):
     assert "ours: 2 workers" in pipelines and "ale-py AtariVectorEnv (C++), 2 threads" in pipelines
 
 
+@pytest.mark.slow
 def test_all_parts(tmp_path):
     cmd = [
         sys.executable,
@@ -82,3 +81,22 @@ def test_all_parts(tmp_path):
     )
     assert all(sum(row["split"].values()) == pytest.approx(1, abs=1e-4) for row in report["sweep"])
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_sweep_of_a_script_without_a_time_split(tmp_path):
+    cmd = tool("throughput", "--parts", "sweep", "--scripts", "a3c_atari", "--sweep", 2)
+    result = run([*cmd, "--rounds", "1", "--train-seconds", "1"], tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "throughput.json").read_text())
+    assert [row["split"] for row in report["sweep"]] == [{}, {}]
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+
+
+def test_a_script_that_does_not_start_says_why(tmp_path):
+    import throughput
+
+    args = throughput.Args(env_id="BreakoutNoFrameskip-v4", train_seconds=0)
+    with pytest.raises(SystemExit) as stopped:
+        throughput.train_speed(args, "a3c_atari", 2, "nature-bf16")  # which has no --bf16
+    assert "--bf16" in stopped.value.code and "a3c_atari.py" in stopped.value.code

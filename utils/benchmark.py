@@ -15,6 +15,7 @@ NAME.md, NAME.csv, and as curves to NAME_steps.png and .csv, NAME_hours.png and 
 """
 
 import csv
+import ctypes
 import importlib
 import itertools
 import math
@@ -36,6 +37,7 @@ import numpy as np
 import plot
 import tyro
 from evaluate import human_normalised
+from outputs import prepare
 
 UTILS = Path(__file__).resolve().parent
 # macOS cannot give out its cores.
@@ -84,12 +86,15 @@ class Run:
         return f"{self.args.env_id.replace('/', '-')}__{self.args.exp_name}__{self.args.seed}"
 
     def find_folder(self):
-        """The run folder with which the script would go on, or None."""
-        return (
-            importlib.import_module(self.script)
-            .parse_args([*self.flags, "--resume", "auto"])
-            .resume
-        )
+        """The run folder that --resume auto would resume, or None."""
+        return importlib.import_module(self.script).find_newest_run_like(self.args)
+
+    def reached(self):
+        """The step of the run's checkpoint."""
+        folder = self.find_folder()
+        if folder is None:
+            return 0
+        return importlib.import_module(self.script).load_checkpoint(folder)["global_step"]
 
 
 def plan(args):
@@ -124,52 +129,68 @@ def say(line):
     print(f"{line}\n", end="", flush=True)  # one piece, or the lines of several threads mix
 
 
+# Loaded before any fork; there is nothing like it on macOS.
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def stop_with_parent():
+    """Called in a new process: the kernel is to send it SIGTERM, after which it writes a checkpoint
+    and stops, when this program dies, even of SIGKILL."""
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def last_logged_step(output):
+    steps = re.findall(r"^step ([\d,]+) of", output, re.MULTILINE)
+    return int(steps[-1].replace(",", "")) if steps else 0
+
+
 def train(run, args, stopping):
     """Start or resume one run until it is through; what is wrong with it is left in run.error."""
-    cmd = [sys.executable, UTILS.parent / f"{run.script}.py", *run.flags, "--resume", "auto"]
-    log = Path(args.out, f"{run.name}.log")
+    script = UTILS.parent / f"{run.script}.py"
+    command = [sys.executable, str(script), *run.flags, "--resume", "auto"]
     deadline = time.monotonic() + 3600 * args.hours
     for attempt in range(1 + args.retries):
         if stopping.is_set():
             run.error = run.error or "not finished"
             return
         run.error = None
-        folder = run.find_folder()
-        if (
-            folder
-            and importlib.import_module(run.script).load_checkpoint(folder)["global_step"]
-            >= args.steps
-        ):
+        if run.reached() >= args.steps:
             return
         say(f"{'start' if attempt == 0 else 'again'}: {run.name}")
-        with open(log, "a+", errors="replace") as file:
-            start, cause = file.tell(), None
+        with open(Path(args.out, f"{run.name}.log"), "a+", errors="replace") as log:
+            start = log.tell()
             process = subprocess.Popen(
-                list(map(str, cmd)), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=stop_with_parent,
             )
+            told = None  # why it was told to stop; only once, as a later signal ends it at once
             while process.returncode is None:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(1)
-                file.seek(start)
-                output = file.read()
-                steps = [0] + [
-                    int(n.replace(",", ""))
-                    for n in re.findall(r"^step ([\d,]+) of", output, re.MULTILINE)
-                ]
-                is_over = time.monotonic() > deadline or steps[-1] >= args.steps
-                if not cause and (is_over or stopping.is_set()):
-                    cause = "over" if is_over else "stopped"
-                    # Only once: a second one ends a script without a checkpoint
+                log.seek(start)
+                output = log.read()
+                if told:
+                    continue
+                if time.monotonic() > deadline or last_logged_step(output) >= args.steps:
+                    told = "over"
+                elif stopping.is_set():
+                    told = "stopped"
+                if told:
                     process.send_signal(signal.SIGINT)
-        if process.returncode == 0 or (
-            cause == "over" and process.returncode == 128 + signal.SIGINT
-        ):
+        was_stopped = process.returncode == 128 + signal.SIGINT
+        if process.returncode == 0 or (told == "over" and was_stopped):
             say(f"done:  {run.name}")
             return
-        last_words = " ".join(output.split("\n")[-3:]).strip()[-300:]
-        run.error = "not finished" if cause else f"exit code {process.returncode}: {last_words}"
+        run.error = "not finished"
+        if not told:
+            last_words = " ".join(output.split("\n")[-3:]).strip()[-300:]
+            run.error = f"exit code {process.returncode}: {last_words}"
         say(f"ended: {run.name}: {run.error}")
-        if cause:
+        if told:
             return
 
 
@@ -243,18 +264,14 @@ def write(rows, out):
 
     def show(row, column):
         value = row.get(column)
-        return (
-            ""
-            if value is None
-            else value
-            if isinstance(value, str)
-            else f"{value:z,.{digits.get(column, 1)}f}"
-        )
+        if value is None:
+            return ""
+        if isinstance(value, str):
+            return value
+        return f"{value:z,.{digits.get(column, 1)}f}"
 
-    lines = [
-        " | ".join(columns),
-        "|".join("--:" if c not in ("game", "run") else ":--" for c in columns),
-    ]
+    alignment = [":--" if c in ("game", "run") else "--:" for c in columns]
+    lines = [" | ".join(columns), "|".join(alignment)]
     lines += [" | ".join(show(row, c) for c in columns) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
     print(f"\n{table}")
@@ -267,7 +284,8 @@ def write(rows, out):
 
 def main(args):
     runs = plan(args)
-    Path(args.out).mkdir(exist_ok=True)
+    for name in (f"{args.out}.md", f"{args.out}/log", f"{args.out}_steps.png"):
+        prepare(name)
     stopping, slots = threading.Event(), itertools.count()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Nohup stays nohup
@@ -288,27 +306,31 @@ def main(args):
     ends = {
         None if args.hours < math.inf else min(args.steps, run.args.total_timesteps) for run in runs
     }
-    budgets = args.budgets or sorted(ends)
-    with_scores = [
-        run for run in runs if run.folder and "charts/episodic_return" in plot.read_tags(run.folder)
-    ]
-    if rows := [row for budget in budgets for row in report(with_scores, budget, args.window)]:
+    with_scores = []
+    for run in runs:
+        if run.folder and "charts/episodic_return" in plot.read_tags(run.folder):
+            with_scores.append(run)
+    rows = []
+    for budget in args.budgets or sorted(ends):
+        rows += report(with_scores, budget, args.window)
+    if rows:
         write(rows, args.out)
     else:
         print("no table: no run has come far enough")
-    for x, beside in (
-        (("steps", [UTILS / "published" / "paac_curves.csv"]), ("hours", [])) if with_scores else ()
-    ):
-        curves = [str(path) for path in [run.folder for run in with_scores] + beside]
-        plot.main(plot.Args(curves, x=x, out=f"{args.out}_{x}.png", csv=f"{args.out}_{x}.csv"))
+    if with_scores:
+        folders = [run.folder for run in with_scores]
+        draw(folders, "hours", args.out)
+        draw([*folders, str(UTILS / "published" / "paac_curves.csv")], "steps", args.out)
     failed = [run for run in runs if run.error]
     for run in failed:
         print(f"{run.name}: {run.error}", file=sys.stderr)
-    sys.exit(
-        f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them"
-        if failed
-        else 0
-    )
+    if failed:
+        counts = f"{len(failed)} of {len(runs)} runs are not finished"
+        sys.exit(f"{counts}; the same command resumes them")
+
+
+def draw(curves, x, out):
+    plot.main(plot.Args(curves, x=x, out=f"{out}_{x}.png", csv=f"{out}_{x}.csv"))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@ start, and a lost life ends nothing.
     python utils/evaluate.py trained/pong.pt --greedy           # always the best action
     python utils/evaluate.py trained/pong.pt --json pong.json   # the scores as a file
     python utils/evaluate.py trained/pong.pt --video pong.mp4   # also record a game (.mp4 or .gif)
+    python utils/evaluate.py runs/NAME --script ../my_paac.py   # of a script that lives elsewhere
 
-The script's own games run in parallel on paac_atari.py's workers. Each slot plays the same fixed
-number of games: taking whichever end first would favour short ones. Human and random scores:
-published/human_random.csv, from DeepMind's dqn_zoo (no-op starts).
+The games run in parallel, on the workers of the script. How many games each slot plays is fixed
+beforehand: taking whichever end first would favour short ones. Human and random scores:
+published/human_random.csv, from DeepMind's dqn_zoo (no-op starts). Nothing in a checkpoint is
+executed; the script that it names is, if it lies beside utils/ or is the one of --script.
 """
 
 import csv
 import importlib
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,19 +27,20 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from outputs import prepare
 from PIL import Image
 
 UTILS = Path(__file__).resolve().parent
-sys.path.insert(0, str(UTILS.parent))
-import paac_atari
+ROOT = UTILS.parent
 
 
 @dataclass
 class Args:
     checkpoint: Annotated[str, tyro.conf.Positional]  # run folder or checkpoint file
+    script: str | None = None  # the checkpoint's script, if it is not beside utils/
     episodes: int = 30  # whole games
     num_envs: int = 10  # played in parallel
-    num_workers: int = 2  # processes that the games are split over
+    num_workers: int | None = None  # processes that the games are split over; None: one per core
     greedy: bool = False  # the best action, not one sampled from the policy or epsilon-greedily
     epsilon: float = 0.05  # share of random actions where the network gives Q-values
     seed: int = 1_000_000  # of games and actions; far from those of training
@@ -49,12 +51,42 @@ class Args:
     video_seconds: float = 60.0  # length of the video at most, at the game's own speed
 
 
-def load(path):
+def find_checkpoint(path):
+    for file in (path, path / "checkpoint.pt", path / "checkpoint.msgpack"):
+        if file.is_file():
+            return file
+    sys.exit(f"{path}: no checkpoint")
+
+
+def read_script_name(path):
+    """The name of the script that wrote a checkpoint file. Nothing in the file is executed."""
+    if path.suffix == ".msgpack":
+        from flax.serialization import msgpack_restore
+
+        return msgpack_restore(path.read_bytes())["script"]
+    return torch.load(path, map_location="cpu", weights_only=True)["script"]
+
+
+def load(path, script_path=None):
     """The checkpoint of a file, with an Args as "args", and the module of its script."""
-    name = "paac_atari_jax" if path.suffix == ".msgpack" else "paac_atari"
-    checkpoint = importlib.import_module(name).deserialize(path)
-    script = importlib.import_module(checkpoint["script"])
-    return script.load_checkpoint(path), script
+    try:
+        name = read_script_name(path)
+    except Exception as error:  # a damaged file raises nearly anything
+        sys.exit(f"{path}: damaged, or no checkpoint ({type(error).__name__})")
+    if script_path is None:
+        known = [file for file in ROOT.glob("*.py") if file.stem == name]
+        if not known:
+            sys.exit(f"{path} is of a script {name!r}, which is not in {ROOT}: name it by --script")
+        script_path = known[0]
+    script_path = Path(script_path).resolve()
+    if not script_path.is_file():
+        sys.exit(f"--script {script_path}: no such file")
+    sys.path[:0] = [str(script_path.parent), str(ROOT)]  # the workers import it from there, too
+    script = importlib.import_module(script_path.stem)
+    try:
+        return script.load_checkpoint(path), script
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def make_torch_network(checkpoint, script, game, device):
@@ -102,18 +134,18 @@ def make_act(script, network, greedy, epsilon):
     return act
 
 
-def play(envs, act, seed, num_envs, games_per_slot):
-    """Scores and lengths (agent steps) of the first `games_per_slot` games of each of the
-    `num_envs` slots."""
+def play(envs, act, seed, games_per_slot):
+    """Scores and lengths (agent steps) of the first games_per_slot[i] games of each slot i."""
+    num_envs = len(games_per_slot)
     episodes = [[] for _ in range(num_envs)]
     scores, lengths = np.zeros(num_envs), np.zeros(num_envs, int)
     obs = envs.start(seed, global_step=0)
-    while min(map(len, episodes)) < games_per_slot:
+    while any(len(played) < n for played, n in zip(episodes, games_per_slot)):
         obs, rewards, terminations, truncations, _ = envs.step(act(obs))
         scores += rewards
         lengths += 1
         for slot in np.flatnonzero(np.logical_or(terminations, truncations)):
-            if len(episodes[slot]) < games_per_slot:
+            if len(episodes[slot]) < games_per_slot[slot]:
                 episodes[slot].append((scores[slot], lengths[slot]))
             scores[slot] = lengths[slot] = 0
     return zip(*(episode for slot in episodes for episode in slot))
@@ -136,14 +168,16 @@ def record(env, act, seed, path, seconds):
         first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
     else:
         height, width, _ = frames[0].shape
-        video = cv2.VideoWriter(
-            str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (2 * width, 2 * height)
-        )
+        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        video = cv2.VideoWriter(str(path), codec, fps, (2 * width, 2 * height))
+        if not video.isOpened():
+            sys.exit(f"{path} cannot be written: OpenCV finds no encoder for it")
         for frame in frames:
             frame = cv2.resize(frame, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
             video.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
         video.release()
-    print(f"{path}: {len(frames) / fps:.0f} s, score {score:g}{'' if is_over else ' so far'}")
+    so_far = "" if is_over else " so far"
+    print(f"{path}: {len(frames) / fps:.0f} s, score {score:g}{so_far}")
 
 
 def human_normalised(env_id, score):
@@ -159,24 +193,26 @@ def human_normalised(env_id, score):
 def evaluate(args):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
-    files = [Path(args.checkpoint, name) for name in ("", "checkpoint.pt", "checkpoint.msgpack")]
-    path = next((file for file in files if file.is_file()), None)
-    if path is None:
-        sys.exit(f"{args.checkpoint}: no checkpoint")
-    checkpoint, script = load(path)
+    path = find_checkpoint(Path(args.checkpoint))
+    checkpoint, script = load(path, args.script)
     run_args = checkpoint["args"]
-    # A3C's workers are not these; its flags lack one of theirs.
-    flags = asdict(run_args) | {"num_envs": args.num_envs, "num_workers": args.num_workers}
+    num_envs = min(args.num_envs, args.episodes)
+    # The first slots play one game more where the games cannot be shared out equally.
+    games_per_slot = [len(range(slot, args.episodes, num_envs)) for slot in range(num_envs)]
+    flags = asdict(run_args) | {"num_envs": num_envs, "num_workers": args.num_workers}
     flags["terminal_on_life_loss"] = False
-    envs = paac_atari.WorkerPool(SimpleNamespace(**flags), script.make_env)
+    flags = SimpleNamespace(**flags)
+    # A3C has no workers: its games run on those of paac_atari.py.
+    plumbing = script if hasattr(script, "WorkerPool") else importlib.import_module("paac_atari")
+    plumbing.choose_num_workers(flags)
+    envs = plumbing.WorkerPool(flags, script.make_env)
     make_network = make_jax_network if path.suffix == ".msgpack" else make_torch_network
     network = make_network(checkpoint, script, envs, device)
     act = make_act(script, network, args.greedy, args.epsilon)
     sampled = "sampled"
     if hasattr(script, "epsilon_greedy"):
         sampled = f"epsilon-greedy ({args.epsilon:g})"
-    games_per_slot = math.ceil(args.episodes / args.num_envs)
-    scores, lengths = play(envs, act, args.seed, args.num_envs, games_per_slot)
+    scores, lengths = play(envs, act, args.seed, games_per_slot)
     envs.close()
     standard_error = None
     if len(scores) > 1:
@@ -197,13 +233,14 @@ def evaluate(args):
         "lengths": list(map(int, lengths)),
     }
     print(f"{run_args.env_id}, {script.__name__} after {result['global_step']:,} steps")
-    error, human = result["standard_error"], result["human_normalised_percent"]
-    print(
-        f"{len(scores)} games, {result['policy']} actions: score {result['mean']:.2f}"
-        + (f" +- {error:.2f} (standard error)" if error is not None else "")
-        + f", median {result['median']:g}, lowest {min(scores):g}, highest {max(scores):g}"
-        + (f"; {human:.0f} % of a human's" if human is not None else "")
-    )
+    games = "1 game" if len(scores) == 1 else f"{len(scores)} games"
+    summary = f"{games}, {result['policy']} actions: score {result['mean']:.2f}"
+    if standard_error is not None:
+        summary += f" +- {standard_error:.2f} (standard error)"
+    summary += f", median {result['median']:g}, lowest {min(scores):g}, highest {max(scores):g}"
+    if result["human_normalised_percent"] is not None:
+        summary += f"; {result['human_normalised_percent']:.0f} % of a human's"
+    print(summary)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     if args.export:
@@ -219,12 +256,20 @@ def evaluate(args):
     return result
 
 
-if __name__ == "__main__":
-    args = tyro.cli(Args)
-    if args.num_workers and args.num_envs % args.num_workers:
-        sys.exit(
-            f"--num-envs {args.num_envs} is not a multiple of --num-workers {args.num_workers}"
-        )
+def check(args):
+    """End with one line, before any game is played, if something cannot work."""
+    for flag in ("episodes", "num_envs"):
+        if getattr(args, flag) < 1:
+            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    if not 0 <= args.epsilon <= 1:
+        sys.exit(f"--epsilon {args.epsilon}: must lie between 0 and 1")
     if args.video and Path(args.video).suffix not in (".mp4", ".gif"):
         sys.exit(f"--video {args.video}: the name must end in .mp4 or .gif")
+    for path in (args.json, args.export, args.video):
+        prepare(path)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    check(args)
     evaluate(args)

@@ -8,12 +8,15 @@ and spread over seeds.
     python utils/plot.py runs/Pong* utils/published/paac_curves.csv  # beside the PAAC paper's
 
 Runs of the same game and the same label (or, without labels, the same --exp-name) are seeds of one
-line: it shows their mean, the shade lies between the lowest and the highest of them. A point is the
-mean score of the games that ended since the point before; --smooth averages over that many points.
+line: it shows their mean, the shade lies between the lowest and the highest of them, both where all
+seeds have points. A point is the mean score of the games that ended since the point before;
+--smooth averages over that many points. What cannot be read is skipped with a line.
 """
 
 import csv
+import logging
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,16 +28,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
+from outputs import prepare
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+# Not a warning for every resumed run.
+logging.getLogger("tensorboard").setLevel(logging.ERROR)
 
 
 @dataclass
 class Args:
-    # Run folders, or files written by --csv with the same --x
-    runs: Annotated[list[str], tyro.conf.Positional]
-    x: Literal["steps", "frames", "hours"] = (
-        "steps"  # agent steps, emulator frames (4 per step) or hours of training
-    )
+    runs: Annotated[list[str], tyro.conf.Positional]  # run folders, or files that --csv has written
+    # agent steps, emulator frames (4 per step) or hours of training; files need the same
+    x: Literal["steps", "frames", "hours"] = "steps"
     tag: str = "charts/episodic_return"  # any TensorBoard tag
     smooth: int = 20  # points to average over
     labels: list[str] | None = None  # one per run
@@ -42,114 +47,186 @@ class Args:
     csv: str | None = None  # file for the smoothed curve of each run
 
 
+@dataclass
+class Curve:
+    env_id: str
+    label: str
+    seed: str  # "": a published curve
+    x: np.ndarray  # (points,), float
+    y: np.ndarray
+
+
 @cache  # benchmark.py asks for the same run again and again, after its end
-def read_tags(run_dir):
-    """{tag: points} of a run; what was logged twice around a crash is there once."""
+def read_events(run_dir):
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
+    return events
+
+
+@cache
+def read_tags(run_dir):
+    """{tag: points} of a run; what was logged twice around a crash is there once."""
+    events = read_events(run_dir)
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
+def read_flags(run_dir):
+    """{flag: value as text} of a run, from the table that all scripts log. Raises ValueError if
+    there is none."""
+    events = read_events(run_dir)
+    for tag in events.Tags()["tensors"]:
+        table = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+        rows = [line.split("|") for line in table.splitlines() if line.count("|") >= 3]
+        flags = {row[1]: "|".join(row[2:-1]) for row in rows}
+        if flags.keys() >= {"env_id", "exp_name", "seed"}:
+            return flags
+    raise ValueError("not a run of these scripts, or one that has logged nothing yet")
+
+
 def read_run(run_dir, tag, smooth):
-    """{"steps", "frames", "hours": x} and smoothed values of a run."""
+    """{"steps", "frames", "hours": x} and smoothed values of a run. Raises ValueError if it has no
+    such tag."""
     tags = read_tags(run_dir)
     if tag not in tags:
-        sys.exit(f"{run_dir} has no {tag}: has a game ended yet?")
-    steps, values = (
-        np.array([p.step for p in tags[tag]], float),
-        np.array([p.value for p in tags[tag]]),
-    )
-    # Of each interval: summing up time leaves out pauses between stop and resume
-    speed = tags["charts/SPS"]
-    logged = np.array([p.step for p in speed], float)
-    hours = np.cumsum(np.diff(logged, prepend=0) / [p.value for p in speed]) / 3600
-    smooth = min(smooth, len(values))
+        raise ValueError(f"no {tag} in it; has a game ended yet?")
+    steps = np.array([point.step for point in tags[tag]], float)
+    values = np.array([point.value for point in tags[tag]])
+    # The speed is that of each interval: sums of it leave out pauses between stop and resume.
+    logged = np.array([point.step for point in tags["charts/SPS"]], float)
+    speed = np.array([point.value for point in tags["charts/SPS"]])
+    hours = np.cumsum(np.diff(logged, prepend=0) / speed) / 3600
+    x = {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}
+    return x, average(values, smooth)
+
+
+def average(values, window):
+    """Of each value and those before it, `window` in all or as many as there are."""
     sums = np.cumsum(np.insert(values, 0, 0.0))
-    window = np.minimum(np.arange(1, len(values) + 1), smooth)
     ends = np.arange(1, len(values) + 1)
-    values = (sums[ends] - sums[ends - window]) / window
-    return {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}, values
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def read_csv(path, tag, x):
-    """{(env_id, label, seed): (x, values)} of a file written by --csv."""
+    """The curves of a file written by --csv. Raises ValueError if it has others."""
     with open(path, newline="") as file:
         header, *rows = csv.reader(file)
-    if header[3:] != [x, tag]:
-        sys.exit(f"{path} has {header[4]} over {header[3]}, not {tag} over {x}")
-    curves = {}
-    for *key, x, y in rows:
-        curves.setdefault(tuple(key), []).append((float(x), float(y)))
-    return {key: np.array(points).T for key, points in curves.items()}
+    if header != ["env_id", "label", "seed", x, tag]:
+        raise ValueError(f"not a file with {tag} over {x} that --csv has written")
+    points = defaultdict(list)
+    for *key, x_value, y_value in rows:
+        points[tuple(key)].append((float(x_value), float(y_value)))
+    return [Curve(*key, *np.array(values).T) for key, values in points.items()]
 
 
-def main(args):
-    if not args.runs:
-        sys.exit("no runs given")
-    if args.labels and len(args.labels) != len(args.runs):
-        sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
-    panels, rows, ends, styles = {}, [], {}, {}
-    # These go as far as the runs
-    files_last = sorted(range(len(args.runs)), key=lambda i: args.runs[i].endswith(".csv"))
-    for i in files_last:
-        run = args.runs[i]
-        if run.endswith(".csv"):
-            curves = read_csv(run, args.tag, args.x)
-        else:
-            if not Path(run).is_dir() or Path(run).name.count("__") < 3:
-                sys.exit(f"{run} is no run folder and no .csv")
-            env_id, exp_name, seed, _ = Path(run).name.rsplit("__", 3)
-            xs, values = read_run(run, args.tag, args.smooth)
-            curves = {(env_id, exp_name, seed): (xs[args.x], values)}
-            ends[env_id] = max(ends.get(env_id, 0), xs[args.x][-1])
-        for (env_id, label, seed), (x, values) in curves.items():
-            end = min(x[-1], ends.get(env_id, -1 if ends else np.inf))
-            if x[0] <= end:
-                inside = x < end
-                x, values = (
-                    np.append(x[inside], end),
-                    np.append(values[inside], np.interp(end, x, values)),
-                )
-                # A file of several keeps its own
-                if args.labels and len({label for _, label, _ in curves}) == 1:
-                    label = args.labels[i]
-                styles[label] = "-" if seed else "--"  # published curves have no seed
-                panels.setdefault(env_id, {}).setdefault(label, []).append((x, values))
-                rows += [(env_id, label, seed, f"{a:g}", f"{b:.4g}") for a, b in zip(x, values)]
+def read_curves(args):
+    """The curves of all runs and files, in the order in which they were named."""
+    curves = []
+    for i, run in enumerate(args.runs):
+        try:
+            if run.endswith(".csv"):
+                new = read_csv(run, args.tag, args.x)
+            elif not Path(run).is_dir():
+                raise ValueError("no run folder and no .csv")
+            else:
+                flags = read_flags(run)
+                x, values = read_run(run, args.tag, args.smooth)
+                name = [flags[flag] for flag in ("env_id", "exp_name", "seed")]
+                new = [Curve(*name, x[args.x], values)]
+        except (ValueError, OSError, KeyError) as error:
+            print(f"{run} is skipped: {error}", file=sys.stderr)
+            continue
+        # A file with several lines keeps their names.
+        if args.labels and len({curve.label for curve in new}) == 1:
+            for curve in new:
+                curve.label = args.labels[i]
+        curves.append((run, new))
+    return curves
 
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained"
-    )
+
+def cut_files(curves):
+    """Beside runs, let the curves of files end where the longest run of their game does; of games
+    without a run there are none."""
+    ends = {}
+    for run, new in curves:
+        if not run.endswith(".csv"):
+            ends[new[0].env_id] = max(ends.get(new[0].env_id, 0), new[0].x[-1])
+    kept = []
+    for run, new in curves:
+        for curve in new:
+            if run.endswith(".csv") and ends:
+                end = min(curve.x[-1], ends.get(curve.env_id, -1))
+                if end < curve.x[0]:
+                    continue
+                inside = curve.x < end
+                last = np.interp(end, curve.x, curve.y)
+                curve.x = np.append(curve.x[inside], end)
+                curve.y = np.append(curve.y[inside], last)
+            kept.append(curve)
+    return kept
+
+
+def draw_line(axis, label, seeds):
+    """The mean of the seeds, and the range between the lowest and the highest."""
+    style = "-" if seeds[0].seed else "--"  # published curves have no seed
+    start = max(curve.x[0] for curve in seeds)
+    end = min(curve.x[-1] for curve in seeds)
+    if start > end:
+        print(f"{label}: its seeds share no {axis.get_xlabel()}: a line each", file=sys.stderr)
+        for curve in seeds:
+            axis.plot(curve.x, curve.y, style, label=f"{label}, seed {curve.seed}")
+        return
+    if len(seeds) == 1:
+        axis.plot(seeds[0].x, seeds[0].y, style, label=label)
+        return
+    grid = np.linspace(start, end, 500)
+    values = np.stack([np.interp(grid, curve.x, curve.y) for curve in seeds])
+    (line,) = axis.plot(grid, values.mean(0), style, label=f"{label} ({len(seeds)} seeds)")
+    color = line.get_color()
+    axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
+
+
+def draw(curves, args):
+    panels = defaultdict(lambda: defaultdict(list))  # of each game and label, the seeds
+    for curve in curves:
+        panels[curve.env_id][curve.label].append(curve)
+    size = (6 * len(panels), 4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    units = {"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}
     for axis, (env_id, lines) in zip(axes[0], panels.items()):
-        for label, curves in lines.items():
-            # Where all seeds have points
-            grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 500)
-            values = np.stack([np.interp(grid, x, y) for x, y in curves])
-            seeds = f" ({len(curves)} seeds)" if len(curves) > 1 else ""
-            (line,) = axis.plot(grid, values.mean(0), styles[label], label=label + seeds)
-            if len(curves) > 1:
-                axis.fill_between(
-                    grid,
-                    values.min(0),
-                    values.max(0),
-                    color=line.get_color(),
-                    alpha=0.2,
-                    linewidth=0,
-                )
         axis.set_title(env_id)
-        axis.set_xlabel(
-            {"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}[args.x]
-        )
+        axis.set_xlabel(units[args.x])
         axis.set_ylabel("score" if args.tag == "charts/episodic_return" else args.tag)
+        for label, seeds in lines.items():
+            draw_line(axis, label, seeds)
         axis.grid(alpha=0.3)
         axis.legend()
         if args.x != "hours":
             axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
     figure.savefig(args.out, dpi=120)
+    plt.close(figure)
+
+
+def main(args):
+    if args.labels and len(args.labels) != len(args.runs):
+        sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
+    if args.smooth < 1:
+        sys.exit(f"--smooth {args.smooth}: must be 1 or more")
+    prepare(args.out)
+    prepare(args.csv)
+    curves = cut_files(read_curves(args))
+    if not curves:
+        sys.exit("nothing to plot")
+    draw(curves, args)
     print(args.out)
     if args.csv:
         with open(args.csv, "w", newline="") as file:
-            csv.writer(file).writerows([("env_id", "label", "seed", args.x, args.tag), *rows])
+            writer = csv.writer(file)
+            writer.writerow(["env_id", "label", "seed", args.x, args.tag])
+            for curve in curves:
+                for x, y in zip(curve.x, curve.y):
+                    key = (curve.env_id, curve.label, curve.seed)
+                    writer.writerow([*key, f"{x:g}", f"{y:.4g}"])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ SCRIPTS = [
     "paac_atari_jax",
     "a3c_atari",
 ]
-BLOCK = re.compile(r"^# >>> shared: (.+)\n(.*?)^# <<< shared: \1\n", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^# >>> shared: ([^\n]+)\n.*?^# <<< shared: \1\n", re.MULTILINE | re.DOTALL)
 
 
 @dataclass

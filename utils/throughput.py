@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+from outputs import prepare
 from plot import read_tags
 
 matplotlib.use("Agg")
@@ -46,10 +47,12 @@ sys.path.insert(0, str(ROOT))
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
+PARTS = {"env": "games", "act": "acting", "learn": "learning"}  # of the time: tag, and its name
+
 
 @dataclass
 class Args:
-    # scripts whose training is measured; games and sweep: the first of them
+    # scripts whose training is measured; sweep: the first of them; games: paac_atari.py's workers
     scripts: list[str] = field(default_factory=lambda: ["paac_atari"])
     parts: list[Literal["games", "training", "sweep"]] = field(
         default_factory=lambda: ["games", "training", "sweep"]
@@ -110,7 +113,7 @@ def game_pipelines(args):
     """{name: function that steps all its games}, a function that measures the emulator alone, and
     one that ends them all."""
     n, generator = args.num_envs, np.random.default_rng(0)
-    script = importlib.import_module(args.scripts[0])
+    script = importlib.import_module("paac_atari")
     flags = ["--env-id", args.env_id, "--num-envs", str(n), "--no-terminal-on-life-loss"]
     run_args = script.parse_args(
         flags + (["--num-workers", str(args.num_workers)] if args.num_workers else [])
@@ -193,41 +196,46 @@ def sb3_speed(args):
 
 def train_speed(args, script, num_envs, network):
     """Steps/s of a script, and which part of the time went to the games, to acting and to
-    learning."""
+    learning; A3C, whose processes do all of it at once, has no such parts."""
+    log_interval = 10_000 if torch.cuda.is_available() else 1000
+    flags = ["--env-id", args.env_id, "--num-envs", num_envs, "--log-interval", log_interval]
+    # Each game of A3C is a process.
+    if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):
+        flags += ["--num-workers", args.num_workers]
+    flags += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
+    command = [str(part) for part in [sys.executable, ROOT / f"{script}.py", *flags]]
     with tempfile.TemporaryDirectory() as folder:
-        cmd = [
-            sys.executable,
-            ROOT / f"{script}.py",
-            "--env-id",
-            args.env_id,
-            "--num-envs",
-            num_envs,
-        ]
-        cmd += ["--log-interval", 10_000 if torch.cuda.is_available() else 1000]
-        # Each game of A3C is a process
-        if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):
-            cmd += ["--num-workers", args.num_workers]
-        cmd += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
-        with open(Path(folder, "log"), "w") as log:
-            process = subprocess.Popen(list(map(str, cmd)), cwd=folder, stdout=log, stderr=log)
-        while "\nstep " not in Path(folder, "log").read_text() and process.poll() is None:
-            time.sleep(0.1)
-        time.sleep(args.train_seconds)
-        # Slow ones get longer
-        while Path(folder, "log").read_text().count("\nstep ") < 6 and process.poll() is None:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.wait()
+        log = Path(folder, "log")
+        with open(log, "w") as file:
+            process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file)
+        try:
+            wait_for_points(process, log, 1)
+            time.sleep(args.train_seconds)
+            wait_for_points(process, log, 6)  # slow ones get longer
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
         (run_dir,) = Path(folder).glob("runs/*")
-        tags = read_tags(run_dir)
-        points = tags["charts/SPS"][2:-1]  # without the warm-up and the final checkpoint
-        steps = np.diff([p.step for p in tags["charts/SPS"][1:-1]])
-        seconds = steps / [p.value for p in points]
-        split = {}
-        for tag in sorted(tag for tag in tags if tag.startswith("time/")):  # A3C has none
-            values = [p.value for p in tags[tag][2:-1]]
-            split[tag.removeprefix("time/")] = float(np.average(values, weights=seconds))
-        return float(steps.sum() / seconds.sum()), split
+        return speed_and_split(read_tags(run_dir))
+
+
+def wait_for_points(process, log, number):
+    while log.read_text().count("\nstep ") < number:
+        if process.poll() is not None:
+            sys.exit(f"{' '.join(process.args)}\nended: {log.read_text()}")
+        time.sleep(0.1)
+
+
+def speed_and_split(tags):
+    """Over all points but the first two, the warm-up, and the last, with its checkpoint."""
+    points = tags["charts/SPS"][2:-1]
+    steps = np.diff([point.step for point in tags["charts/SPS"][1:-1]])
+    seconds = steps / [point.value for point in points]
+    split = {}
+    for tag in sorted(tag for tag in tags if tag.startswith("time/")):
+        values = [point.value for point in tags[tag][2:-1]]
+        split[tag.removeprefix("time/")] = float(np.average(values, weights=seconds))
+    return float(steps.sum() / seconds.sum()), split
 
 
 # report -------------------------------------------------------------------------------------------
@@ -279,8 +287,8 @@ def figure(sweep, path, title):
         rows = [row for row in sweep if row["arch"] == arch]
         x, bottom = np.arange(len(rows)), np.zeros(len(rows))
         axes[0].plot(x, [row["steps_per_second"] for row in rows], marker="o", label=arch)
-        for part, label in (("env", "games"), ("act", "acting"), ("learn", "learning")):
-            share = np.array([100 * row["split"][part] for row in rows])
+        for part, label in PARTS.items():
+            share = np.array([100 * row["split"].get(part, 0) for row in rows])
             axis.bar(x, share, bottom=bottom, label=label)
             bottom += share
         axis.set(title=f"time, {arch}", ylabel="%", ylim=(0, 100), xlabel="games $n_e$")
@@ -304,6 +312,7 @@ def in_turn(measures, rounds):
 
 
 def main(args):
+    prepare(f"{args.out}.json")
     report = {
         "hardware": hardware(),
         "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"},
@@ -343,15 +352,14 @@ def main(args):
         print("|--:|:--|--:|--:|--:|--:|")
         for (num_envs, arch), rounds in measured.items():
             speed = statistics.median(speed for speed, _ in rounds)
-            split = {
-                part: statistics.mean(split[part] for _, split in rounds)
-                for part in ("env", "act", "learn")
-            }
-            shares = " | ".join(f"{100 * share:.0f}" for share in split.values())
-            print(f"| {num_envs} | {arch} | {speed:,.0f} | {shares} |")
-            report["sweep"].append(
-                {"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split}
-            )
+            split = {}
+            for part in PARTS:
+                if part in rounds[0][1]:
+                    split[part] = statistics.mean(split[part] for _, split in rounds)
+            shares = [f"{100 * split[part]:.0f}" if part in split else "" for part in PARTS]
+            print(f"| {num_envs} | {arch} | {speed:,.0f} | {' | '.join(shares)} |")
+            point = {"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split}
+            report["sweep"].append(point)
         figure(
             report["sweep"],
             f"{args.out}.png",

@@ -1,0 +1,238 @@
+"""utils/evaluate.py and utils/plot.py: what they compute, and what they do with what they are not
+made for."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import outputs
+import plot
+import pytest
+import torch
+from conftest import ROOT, each, only_run, run, tool, train
+from test_runs import checkpoint_file, in_an_empty_folder, load  # noqa: F401
+
+import paac_atari
+
+
+def fails(function, *args):
+    """The one line with which it ends."""
+    with pytest.raises(SystemExit) as stopped:
+        function(*args)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+# evaluate -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script", each(["paac_atari", "nstep_q_atari", "paac_atari_jax", "a3c_atari"]), indirect=True
+)
+def test_evaluate(script, tmp_path):
+    train(script, "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 40)
+    run_dir = only_run(tmp_path)
+    exported = f"exported/{checkpoint_file(run_dir).name}"
+    args = evaluate.Args(str(run_dir), episodes=5, num_envs=4, json="a/scores.json")
+    args = replace(args, export=exported, video="b/video.mp4", video_seconds=3)
+    evaluate.check(args)
+    evaluate.evaluate(args)
+    scores = json.loads(Path("a/scores.json").read_text())
+    assert len(scores["scores"]) == len(scores["lengths"]) == scores["episodes"] == 5
+    assert scores["mean"] == pytest.approx(np.mean(scores["scores"]))
+    error = np.std(scores["scores"], ddof=1) / 5**0.5
+    assert scores["standard_error"] == pytest.approx(error)
+    human = 100 * (scores["mean"] - 1.7) / (30.5 - 1.7)
+    assert scores["human_normalised_percent"] == pytest.approx(human)
+    assert all(length > 80 for length in scores["lengths"])  # whole games of five lives
+    assert load(tmp_path / "exported").keys() == {"script", "args", "global_step", "agent"}
+    assert Path("b/video.mp4").stat().st_size > 10_000
+    assert evaluate.evaluate(evaluate.Args(exported, episodes=1))["episodes"] == 1
+
+
+def test_episodes_are_shared_out_beforehand():
+    """Games of 3, 4, 5 and 6 steps in four slots, and 7 games: the first three slots play two each,
+    however early another one ends."""
+    from games import Scripted
+
+    Scripted.created = 0
+    args = paac_atari.Args(num_envs=4, num_workers=0)
+    envs = paac_atari.WorkerPool(args, Scripted)
+    games_per_slot = [2, 2, 2, 1]
+    scores, lengths = evaluate.play(envs, lambda obs: np.ones(4, int), 1, games_per_slot)
+    assert lengths == (3, 3, 4, 4, 5, 5, 6)
+    assert scores == tuple(3 * length for length in lengths)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.msgpack"])
+def test_damaged_checkpoint_gets_one_line(tmp_path, name, content):
+    if content == "half":
+        paac_atari.save_checkpoint(tmp_path, {"agent": {"x": torch.zeros(1000)}})
+        content = Path("checkpoint.pt").read_bytes()[:2000]
+    Path(name).write_bytes(content)
+    assert f"{name}: damaged, or no checkpoint" in fails(evaluate.load, Path(name))
+
+
+def save(path, **content):
+    paac_atari.save_checkpoint(
+        path, {"script": "paac_atari", "args": {}, "agent": {}, "global_step": 0} | content
+    )
+    return path / "checkpoint.pt"
+
+
+def test_no_other_module_is_imported(tmp_path, monkeypatch):
+    """A checkpoint may name any; only a script that lies beside utils/ is imported."""
+    Path("evil.py").write_text("raise SystemError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("evil", "antigravity", "tests/games", "../main/paac_atari", 7):
+        error = fails(evaluate.load, save(tmp_path, script=name))
+        assert "--script" in error
+    assert "evil" not in sys.modules and "antigravity" not in sys.modules
+    assert fails(evaluate.load, save(tmp_path), "nowhere.py").endswith("no such file")
+
+
+@pytest.mark.slow
+def test_script_that_lives_elsewhere(tmp_path):
+    """A copy under another name, and one under the same name that differs."""
+    for name, steps in (("mine", 7), ("paac_atari", 8)):
+        folder = tmp_path / name
+        folder.mkdir()
+        text = (ROOT / "paac_atari.py").read_text()
+        changed = text.replace("num_steps: int = 5", f"num_steps: int = {steps}\n    own: int = 1")
+        assert changed != text
+        script = folder / f"{name}.py"
+        script.write_text(changed)
+        flags = ["--num-envs", 2, "--num-workers", 1, "--total-timesteps", 20]
+        assert run([sys.executable, script.name, *flags], folder).returncode == 0
+        cmd = tool("evaluate", only_run(folder), "--script", script, "--episodes", 1)
+        result = run(cmd, tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert f"BreakoutNoFrameskip-v4, {name} after {2 * steps * (20 // (2 * steps) + 1)} steps"
+        if name == "mine":
+            result = run(tool("evaluate", only_run(folder), "--episodes", 1), tmp_path)
+            assert result.returncode == 1 and result.stderr.count("\n") == 1
+            assert "'mine', which is not in" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"episodes": 0}, "--episodes 0: must be 1 or more"),
+        ({"num_envs": -1}, "--num-envs -1: must be 1 or more"),
+        ({"epsilon": 1.5}, "--epsilon 1.5: must lie between 0 and 1"),
+        ({"video": "x.avi"}, "must end in .mp4 or .gif"),
+        ({"json": "/proc/nowhere/x.json"}, "/proc/nowhere/x.json cannot be written"),
+    ],
+)
+def test_evaluate_refuses_at_once(flags, words):
+    assert words in fails(evaluate.check, evaluate.Args("run", **flags))
+
+
+def test_outputs_are_tried_without_a_trace(tmp_path):
+    outputs.prepare("a/b/c.json")
+    assert os.listdir("a/b") == []
+    Path("kept").write_text("as it was")
+    outputs.prepare("kept")
+    assert Path("kept").read_text() == "as it was"
+    assert "kept/x.png cannot be written" in fails(outputs.prepare, "kept/x.png")
+    assert "a cannot be written" in fails(outputs.prepare, "a")
+
+
+# plot ---------------------------------------------------------------------------------------------
+
+
+def make_run(folder, steps, scores, seed=1, exp_name="paac_atari", env_id="PongNoFrameskip-v4"):
+    """A run folder with these points, written by a script's own log."""
+    args = paac_atari.Args(seed=seed, exp_name=exp_name, env_id=env_id)
+    log = paac_atari.Log(args, Path(folder), 0, [])
+    for step, score in zip(steps, scores):
+        log.write(step, [(score, 100)] if score is not None else [], {})
+    log.close()
+    return str(folder)
+
+
+def plotted(*runs, **options):
+    """The rows of --csv: (game, label, seed, x, value)."""
+    options = {"smooth": 1, "csv": "curves.csv"} | options
+    plot.read_events.cache_clear()
+    plot.read_tags.cache_clear()
+    plot.main(plot.Args(list(map(str, runs)), **options))
+    assert Path("curves.png").stat().st_size > 10_000
+    rows = [line.split(",") for line in Path(options["csv"]).read_text().splitlines()]
+    assert rows[0] == ["env_id", "label", "seed", options.get("x", "steps"), plot.Args([]).tag]
+    return [(*row[:3], float(row[3]), float(row[4])) for row in rows[1:]]
+
+
+def test_curves_of_runs_and_of_files(tmp_path):
+    one = make_run("one", [10_000, 20_000, 30_000], [-20, -10, 0])
+    pong = ("PongNoFrameskip-v4", "paac_atari", "1")
+    rows = [(*pong, 10_000, -20), (*pong, 20_000, -10), (*pong, 30_000, 0)]
+    assert plotted(one) == rows
+    Path("curves.csv").rename("kept.csv")
+    assert plotted("kept.csv") == rows
+    assert [row[4] for row in plotted(one, smooth=2)] == [-20, -15, -5]
+    assert [row[3] for row in plotted(one, x="frames")] == [40_000, 80_000, 120_000]
+    # A published curve has no seed, and ends where the runs of its game do.
+    header = "env_id,label,seed,steps,charts/episodic_return\n"
+    paper = "PongNoFrameskip-v4,paper,,"
+    other = "BeamRiderNoFrameskip-v4,paper,,0,1\n"
+    Path("paper.csv").write_text(f"{header}{paper}20000,1\n{paper}40000,2\n{other}")
+    published = ("PongNoFrameskip-v4", "paper", "")
+    expected = [(*published, 20_000, 1), (*published, 30_000, 1.5), *rows]
+    assert plotted("paper.csv", one) == expected
+    assert [row[1] for row in plotted(one, "kept.csv", labels=["a", "b"])] == 3 * ["a"] + 3 * ["b"]
+
+
+def test_names_come_from_the_run_not_from_its_folder(tmp_path):
+    one = make_run("a folder", [10, 20], [1, 2], seed=7, exp_name="x__y", env_id="ALE/Pong-v5")
+    assert {row[:3] for row in plotted(one)} == {("ALE/Pong-v5", "x__y", "7")}
+
+
+def test_what_cannot_be_plotted_is_skipped_with_a_line(tmp_path, capsys):
+    good = make_run("good", [10, 20], [1, 2])
+    make_run("no game over", [10, 20], [None, None])
+    Path("empty").mkdir()
+    Path("foreign.csv").write_text("a,b\n1,2\n")
+    Path("empty.csv").write_text("")
+    Path("broken.csv").write_text("env_id,label,seed,steps,charts/episodic_return\nx,y,1,a,b\n")
+    bad = ["no game over", "empty", "foreign.csv", "empty.csv", "broken.csv", "nowhere"]
+    assert len(plotted(bad[0], good, *bad[1:])) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == len(bad) and "Traceback" not in error, error
+    assert all(f"{name} is skipped: " in error for name in bad), error
+    assert fails(plot.main, plot.Args(bad)) == "nothing to plot"
+
+
+def test_a_band_only_where_all_seeds_have_points(tmp_path, monkeypatch, capsys):
+    bands, lines = [], []
+    band, line = plot.plt.Axes.fill_between, plot.plt.Axes.plot
+
+    def fill_between(axis, x, *args, **options):
+        bands.append(x)
+        return band(axis, x, *args, **options)
+
+    def draw_line(axis, x, *args, **options):
+        lines.append(x)
+        return line(axis, x, *args, **options)
+
+    monkeypatch.setattr(plot.plt.Axes, "fill_between", fill_between)
+    monkeypatch.setattr(plot.plt.Axes, "plot", draw_line)
+    one = make_run("one", [10, 20, 30], [1, 2, 3], seed=1)
+    two = make_run("two", [20, 30, 40], [1, 2, 3], seed=2)
+    plotted(one, two)
+    assert (bands[0][0], bands[0][-1]) == (lines[0][0], lines[0][-1]) == (20, 30)
+    far = make_run("far", [50, 60], [1, 2], seed=3)
+    plotted(one, far)
+    assert len(bands) == 1 and [tuple(x) for x in lines[1:]] == [(10, 20, 30), (50, 60)]
+    assert "its seeds share no agent steps" in capsys.readouterr().err
+
+
+def test_plot_refuses_at_once(tmp_path):
+    assert "2 labels for 1 runs" in fails(plot.main, plot.Args(["x"], labels=["a", "b"]))
+    assert "--smooth 0" in fails(plot.main, plot.Args(["x"], smooth=0))
+    assert "cannot be written" in fails(plot.main, plot.Args(["x"], out="/proc/nowhere/x.png"))
