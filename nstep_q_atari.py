@@ -11,8 +11,8 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[(R_t - Q(s_t, a_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = max_a Q_target(s_T, a),  T = num_steps,
 
-where r_t is clipped to [-1, 1], R_{t+1} is 0 if step t ended the game or a life, but max_a Q_target
-of its last observation if a time limit did. Actions are epsilon-greedy, Q_target is an old network.
+where r_t is clipped to [-1, 1]. If step t ended the game or a life, R_{t+1} is 0; if a time limit
+ended the game, it is max_a Q_target of the last observation. Q_target is an old network.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
 them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
@@ -46,11 +46,11 @@ class Args:  # the comments are the texts of --help
     torch_deterministic: bool = True  # deterministic kernels on a GPU
     cuda: bool = True  # use the GPU where there is one
     track: bool = False  # log to Weights & Biases, too (pip install wandb)
-    resume: str | None = None  # run folder to resume; auto: the newest with these flags
+    resume: str | None = None  # run folder or checkpoint; auto: the newest run like this one
     log_interval: int = 10_000  # agent steps between two points of the curves
     checkpoint_interval: int = 500_000  # agent steps between two checkpoints
 
-    env_id: str = "BreakoutNoFrameskip-v4"  # or ALE/Breakout-v5, which has sticky actions
+    env_id: str = "BreakoutNoFrameskip-v4"  # ALE/Breakout-v5 has sticky actions
     frame_skip: int = 4  # emulator frames per agent step (replaces the id's own)
     terminal_on_life_loss: bool = True  # a lost life ends the return, not the game or its score
     num_envs: int = 32  # games played in parallel, n_e
@@ -65,7 +65,7 @@ class Args:  # the comments are the texts of --help
     final_epsilons: tuple[float, ...] = (0.1,)  # final shares of random actions, cycled over games
     exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
     target_interval: int = 32_000  # agent steps, of all games, between two target networks
-    max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
+    max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
@@ -235,8 +235,8 @@ def train(args, make_env):
                     # returns are bootstrapped from the value of what they showed last.
                     last_q_values = target(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # Decided now: if report() loses a worker, the rollout is dropped, before the update. A
-            # signal that comes during the update counts in the next iteration.
+            # This is decided before the update, because report() may lose a worker, and then this
+            # rollout must be dropped. A signal during the update counts in the next iteration.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
@@ -330,6 +330,7 @@ SCRIPT = Path(__file__).stem
 # 3. Games ----------------------------------------------------------------------------------------
 
 # >>> shared: games
+import difflib
 import json
 
 import ale_py
@@ -342,12 +343,11 @@ def make_env(args):
 
 
 def check_env_id(env_id):
-    try:
-        is_atari = gym.spec(env_id).entry_point == "ale_py.env:AtariEnv"
-    except gym.error.Error as error:  # which proposes a name that is close
-        fail(f"--env-id {env_id}: {error} (ids look like PongNoFrameskip-v4 and ALE/Pong-v5)")
-    if not is_atari:
-        fail(f"--env-id {env_id} is no Atari game; {SCRIPT}.py's games are those of ale_py")
+    if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
+        return
+    games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
+    closest = difflib.get_close_matches(env_id, games, n=3, cutoff=0)
+    fail(f"--env-id {env_id} is no Atari game; closest: {', '.join(closest)}")
 
 
 class AtariEnv(gym.Env):
@@ -976,8 +976,8 @@ def exit_if_stopped(stop_signals, global_step, run_dir):
 
 
 class Log:
-    """Progress on the terminal, as a bar or as lines, and curves in TensorBoard. If one of them
-    fails, the other and the training go on."""
+    """Lines on the terminal and curves in TensorBoard. If one of them fails, the other and the
+    training continue."""
 
     def __init__(self, args, run_dir, global_step, recent_scores, writes=True):
         self.args = args

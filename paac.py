@@ -14,8 +14,8 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where R_{t+1} is 0 if step t ended the game, but V of the last observation if a time limit did, and
-R_t - V(s_t) is a constant in the first term.
+where R_t - V(s_t) is a constant in the first term. If step t ended the game, R_{t+1} is 0; if a
+time limit ended it, R_{t+1} is V of the last observation.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
 them (worker processes, checkpoints, logs) hardly differs between the scripts.
@@ -49,7 +49,7 @@ class Args:  # the comments are the texts of --help
     torch_deterministic: bool = True  # deterministic kernels on a GPU
     cuda: bool = True  # use the GPU where there is one
     track: bool = False  # log to Weights & Biases, too (pip install wandb)
-    resume: str | None = None  # run folder to resume; auto: the newest with these flags
+    resume: str | None = None  # run folder or checkpoint; auto: the newest run like this one
     log_interval: int = 10_000  # agent steps between two points of the curves
     checkpoint_interval: int = 500_000  # agent steps between two checkpoints
 
@@ -65,7 +65,7 @@ class Args:  # the comments are the texts of --help
     gamma: float = 0.99  # discount per agent step
     ent_coef: float = 0.01  # weight of the entropy, beta
     vf_coef: float = 0.5  # weight of the values' squared error
-    max_grad_norm: float = 0.5  # the gradient is scaled down to this global norm
+    max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     hidden_size: int = 64  # units of each of the two hidden layers
@@ -219,8 +219,8 @@ def train(args, make_env):
                     # returns are bootstrapped from the value of what they showed last.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
-            # Decided now: if report() loses a worker, the rollout is dropped, before the update. A
-            # signal that comes during the update counts in the next iteration.
+            # This is decided before the update, because report() may lose a worker, and then this
+            # rollout must be dropped. A signal during the update counts in the next iteration.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
@@ -844,8 +844,8 @@ def exit_if_stopped(stop_signals, global_step, run_dir):
 
 
 class Log:
-    """Progress on the terminal, as a bar or as lines, and curves in TensorBoard. If one of them
-    fails, the other and the training go on."""
+    """Lines on the terminal and curves in TensorBoard. If one of them fails, the other and the
+    training continue."""
 
     def __init__(self, args, run_dir, global_step, recent_scores, writes=True):
         self.args = args

@@ -186,5 +186,5 @@ def test_a_run_ends_with_its_last_step_not_its_last_score(tmp_path):
 
 def test_plan_names_its_mistakes(tmp_path):
     result = run([*BENCHMARK, "--games", "Breakou"], tmp_path)
-    assert result.returncode == 2 and "Did you mean: `Breakout" in result.stderr
+    assert result.returncode == 2 and "closest: BreakoutNoFrameskip-v4" in result.stderr
     assert not (tmp_path / "runs").exists()

@@ -375,8 +375,9 @@ def test_second_signal_stops_at_once(start):
     "args, words",
     [
         (["--env-id", "CartPole-v1"], "CartPole-v1 is no Atari game"),
-        (["--env-id", "BreakouNoFrameskip-v4"], "Did you mean: `BreakoutNoFrameskip`"),
-        (["--env-id", "Pong"], "ids look like PongNoFrameskip-v4"),
+        (["--env-id", "BreakouNoFrameskip-v4"], "closest: BreakoutNoFrameskip-v4"),
+        (["--env-id", "Pong"], "ALE/Pong-v5"),
+        (["--env-id", ""], "closest: "),
         (["--num-envs", "0"], "--num-envs 0: must lie between 1 and"),
         (["--num-steps", "-5"], "--num-steps -5: must lie between 1 and"),
         (["--log-interval", "0"], "--log-interval 0: must lie between 1 and"),
