@@ -218,6 +218,8 @@ def train(args, make_env):
     agent = Agent(envs.action_space.n, args.arch, args.init, args.bf16).to(device)
     optimizer = make_optimizer(agent, args)
 
+    run_dir = gather_from_ranks(choose_run_dir(args))[0]  # whose name has the time in it
+    lock = lock_run_dir(run_dir if RANK == 0 else Path(os.devnull))  # rank 0's is for all
     checkpoint = load_checkpoint(args.resume)  # {} without --resume
     global_step = checkpoint.get("global_step", 0)
     if checkpoint:
@@ -226,7 +228,6 @@ def train(args, make_env):
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], device)
     if len(set(gather_from_ranks(global_step))) > 1:
         fail("the ranks start at different steps: runs/ must be the same folder on all machines")
-    run_dir = gather_from_ranks(choose_run_dir(args))[0]  # whose name has the time in it
     if RANK == 0:
         workers = f"{WORLD_SIZE} ranks with {args.num_workers} workers each"
         say(f"{run_dir}: {args.num_envs} games on {workers}, network on the {device.type}")
@@ -234,7 +235,7 @@ def train(args, make_env):
     # forward[t] is the network in pass t of a rollout: the agent itself or, on a GPU, a CUDA graph
     # of it, which computes the same in less than half the time.
     forward = repeat_agent(agent, args.num_steps + 1, torch.as_tensor(obs, device=device))
-    log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []), writes=RANK == 0)
+    log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
     batch_size = args.num_envs * args.num_steps
     told_to_stop = False
     is_last = global_step >= args.total_timesteps
@@ -345,7 +346,7 @@ def train(args, make_env):
             save_checkpoint(run_dir, checkpoint)
 
     envs.close()
-    log.close()
+    lock.close()
     dist.destroy_process_group()
     if told_to_stop:
         signum = stop_signals[0][1] if stop_signals else signal.SIGTERM  # it came to another rank
@@ -356,7 +357,7 @@ def train(args, make_env):
 
 def join_ranks(args):
     """Meet the other ranks and return this one's device."""
-    if "RANK" not in os.environ:
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         fail("start it with torchrun --standalone --nproc-per-node 2 paac_atari_multigpu.py")
     device = torch.device("cpu")
     backend = "gloo"
@@ -855,7 +856,7 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch")  # a resumed run keeps them
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "hidden_size")  # a resumed run keeps them
 
 
 def say(text, stream=None):
@@ -881,10 +882,14 @@ def parse_args(argv=None):
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
         args.resume = find_newest_run_like(args)
-    if args.resume:
+    if args.resume is not None:
         args = parse_resumed_args(args.resume, argv)
     check_numbers(args)
-    if args.track and importlib.util.find_spec("wandb") is None:
+    name = run_name(args)
+    if "/" in name or len(name.encode()) > 200:
+        fail(f"--exp-name {args.exp_name}: too long, or not the name of a folder")
+    # Without an origin it is some folder named wandb, such as wandb itself leaves behind.
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
     check_env_id(args.env_id)
@@ -893,17 +898,18 @@ def parse_args(argv=None):
 
 def parse_resumed_args(resume, argv):
     """The run's own flags, replaced by those that are typed with --resume."""
-    if Path(resume).name == CHECKPOINT:
-        resume = str(Path(resume).parent)
     try:
         checkpoint = load_checkpoint(resume)
     except ValueError as error:
         fail(error)
+    if Path(resume).name == CHECKPOINT and "optimizer" in checkpoint:  # not an exported agent
+        resume = str(Path(resume).parent)
     saved = checkpoint["args"]
     args = replace(tyro.cli(Args, args=argv, default=saved), resume=resume)
     for name in FIXED_FLAGS:
         if getattr(args, name, None) != getattr(saved, name, None):
             fail(f"{resume}: --{name.replace('_', '-')} cannot change within a run")
+    check_numbers(args)
     if checkpoint["global_step"] >= args.total_timesteps:
         say(f"{resume}: nothing left to do; --total-timesteps is {args.total_timesteps:,}")
         sys.exit(0)
@@ -917,6 +923,9 @@ def parse_resumed_args(resume, argv):
 # Numeric flags lie between these; unlisted integers start at 1, unlisted floats at 0.
 RANGES = {
     "seed": (0, 2**32 - 1),
+    "num_envs": (1, 10**4),
+    "num_steps": (1, 10**4),
+    "hidden_size": (1, 10**4),
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
@@ -948,6 +957,24 @@ def choose_run_dir(args):
     if args.resume and Path(args.resume).is_dir():
         return Path(args.resume)
     return Path("runs", f"{run_name(args)}__{time.time():.6f}")
+
+
+def lock_run_dir(run_dir):
+    """Returns an open file. Until it is closed, which also happens when this process dies, another
+    process that locks this folder ends with one line. Folders that cannot be locked are not."""
+    file = open(os.devnull)
+    with suppress(OSError):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / "lock", "a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fail(f"{run_dir} is in use by process {file.read()}")
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    return file
 
 
 def find_newest_run_like(args):
@@ -1062,10 +1089,9 @@ class Log:
     """Lines on the terminal and curves in TensorBoard. If one of them fails, the other and the
     training continue."""
 
-    def __init__(self, args, run_dir, global_step, recent_scores, writes=True):
+    def __init__(self, args, run_dir, global_step, recent_scores):
         self.args = args
         self.run_dir = run_dir
-        self.lock = lock_run_dir(run_dir) if writes else None
         self.last_step = global_step  # of the last point
         self.last_point = time.perf_counter()
         self.last_booking = self.last_point
@@ -1119,7 +1145,7 @@ class Log:
         if self.recent_scores:
             score = f"score {np.mean(self.recent_scores):.1f}"
         total = self.args.total_timesteps
-        hours = (total - global_step) / speed / 3600
+        hours = (total - global_step) / max(speed, 1) / 3600
         progress = f"step {global_step:,} of {total:,}  {speed:,.0f} steps/s"
         say(f"{progress}  {hours:.1f} h left  {score}")
 
@@ -1129,28 +1155,6 @@ class Log:
         rows = [f"|{name}|{value}|" for name, value in asdict(self.args).items()]
         writer.add_text("hyperparameters", "\n".join(["|flag|value|", "|-|-|", *rows]))
         return writer
-
-    def close(self):
-        if self.lock is not None:
-            self.lock.close()
-
-
-def lock_run_dir(run_dir):
-    """Keep other processes from resuming this run. Returns the open file that holds the lock, or
-    None where the folder cannot be written or locked."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / "lock", "a+")  # the lock lasts as long as it is open
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        fail(f"{run_dir} is in use by process {file.read()}")
-    except OSError:
-        return None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def ignore_full_disk(died):
@@ -1200,8 +1204,9 @@ def is_finite(agent_state):
 
 
 def deserialize(path):
-    if not zipfile.is_zipfile(path):  # torch.save() writes zip files
-        raise ValueError("not a zip file")
+    # torch.save() writes zip files, but torch.load() does not look at their checksums.
+    if not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip():
+        raise ValueError("not a zip file, or a damaged one")
     # weights_only: nothing in the file is executed, wherever it comes from.
     return torch.load(path, map_location="cpu", weights_only=True)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "utils"))
 BENCHMARK = [sys.executable, str(ROOT / "utils" / "benchmark.py")]
 PLAN = """# one that works and one that fails
 paac_atari.py --env-id BreakoutNoFrameskip-v4 --log-interval 500 --total-timesteps 10400
-paac_atari.py --env-id BreakoutNoFrameskip-v4 --exp-name broken --learning-rate 1e30
+paac_atari.py --env-id BreakoutNoFrameskip-v4 --exp-name broken --learning-rate 1e12
 """
 
 
@@ -188,3 +188,33 @@ def test_plan_names_its_mistakes(tmp_path):
     result = run([*BENCHMARK, "--games", "Breakou"], tmp_path)
     assert result.returncode == 2 and "closest: BreakoutNoFrameskip-v4" in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"runs": "nowhere.txt"}, "--runs nowhere.txt: "),
+        ({"runs": "empty.txt"}, "no runs"),
+        ({"games": []}, "no runs"),
+        ({"scripts": ["no_such"]}, "there is no script no_such.py"),
+        ({"flags": "--exp-name 'x"}, "No closing quotation"),
+        ({"flags": "--resume auto"}, "without --resume"),
+        ({"seeds": [1, 1]}, "two runs have the same game"),
+    ],
+)
+def test_plan_refuses_at_once(tmp_path, monkeypatch, flags, words):
+    import benchmark
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.plan(benchmark.Args(**flags))
+    assert words in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_plan_takes_scripts_with_and_without_py():
+    import benchmark
+
+    (run,) = benchmark.plan(benchmark.Args(scripts=["paac_atari.py"], num_envs=[16]))
+    assert (run.script, run.args.num_envs) == ("paac_atari", 16)
+    assert run.name == "PongNoFrameskip-v4__paac_atari-16__1"

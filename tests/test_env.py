@@ -289,14 +289,14 @@ def test_generators_are_distinct():
     """No two games of any worker share their random numbers, and neither do neighbouring seeds."""
     args = paac_atari.parse_args([*small(paac_atari), "--num-envs", "8", "--num-workers", "0"])
     streams = []
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         for global_step in (0, 160):  # of a restart
             for first_game in (0, 8):
                 envs = paac_atari.WorkerPool(args, paac_atari.make_env, first_game)
                 envs.start(seed, global_step)
                 for env in envs.envs.envs:
                     streams.append(tuple(env.atari.np_random.integers(0, 2**62, 4)))
-    assert len(set(streams)) == len(streams) == 96
+    assert len(set(streams)) == len(streams) == 64
 
 
 def all_games():

@@ -186,6 +186,8 @@ if __name__ == "__main__":
     script.train(script.parse_args(), script.make_env)
 """)
     assert run(torchrun(1, "--", *flags, script=main), tmp_path).returncode == 0
+    (path,) = tmp_path.glob("0/runs/*/checkpoint.pt")
+    torch.save(torch.load(path, weights_only=True) | {"global_step": 20}, path)  # not yet finished
     result = run(torchrun(2, "--", *flags, script=main), tmp_path)
     assert result.returncode != 0 and "the ranks start at different steps" in result.stderr, (
         result.stderr

@@ -2,6 +2,7 @@
 What involves a signal, a stream or a limit of the system is tried from the command line, the rest
 by train() in this process."""
 
+import atexit
 import fcntl
 import multiprocessing.forkserver
 import os
@@ -41,7 +42,20 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    register = atexit.register
+    pools = []
+
+    def register_or_keep(function, *args, **options):
+        owner = getattr(function, "__self__", None)
+        if type(owner).__name__ in ("WorkerPool", "ActorPool"):
+            pools.append(function)
+            return function
+        return register(function, *args, **options)
+
+    monkeypatch.setattr(atexit, "register", register_or_keep)
     yield
+    for close in pools:  # also those of a run that ended early
+        close()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         default = signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL
         signal.signal(signum, default)  # train() has installed its own
@@ -189,7 +203,10 @@ def fails(script, args, capsys):
     [
         ("paac_atari", "ALE/Qbert-v5", 400),
         pytest.param("paac_atari", "BreakoutNoFrameskip-v4", 1600, marks=pytest.mark.slow),
-        *(pytest.param(name, "ALE/Qbert-v5", 1600, marks=pytest.mark.slow) for name in SYNCHRONOUS),
+        *(
+            pytest.param(name, "ALE/Qbert-v5", 1600, marks=pytest.mark.slow)
+            for name in SYNCHRONOUS[1:]
+        ),
     ],
     indirect=["script"],
 )
@@ -254,8 +271,11 @@ def test_resume_auto_and_longer(script, tmp_path, capsys):
     assert script.parse_args([*small(script), *args, "--total-timesteps", "200"]).resume is None
     error = fails(script, ["--resume", run_dir, "--arch", "nature"], capsys)
     assert "--arch cannot change" in error
+    error = fails(script, ["--resume", run_dir, "--gamma", "7"], capsys)  # also of a finished run
+    assert "--gamma 7.0: must lie" in error
 
 
+@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_resume_takes_the_checkpoint_file_for_its_folder(script, tmp_path):
     train(script, "--total-timesteps", 20)
     run_dir = only_run(tmp_path)
@@ -277,20 +297,25 @@ def test_runs_started_at_the_same_time_have_folders_of_their_own(script, tmp_pat
     assert rates == [1e-3, 2e-3, 3e-3]
 
 
+@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_a_run_in_use_is_not_resumed(script, tmp_path, capsys):
-    """By whoever holds the lock; when that process ends, however it does, the lock is gone."""
+    """And not even read before the other process has written its last checkpoint. When that process
+    ends, however it does, the lock is gone."""
     train(script, "--total-timesteps", 20)
     run_dir = only_run(tmp_path)
-    before = checkpoint_file(run_dir).read_bytes()
+    path = checkpoint_file(run_dir)
+    before = path.read_bytes()
     # The file has this process's id: the run above was trained here.
     with open(run_dir / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            resume(script, run_dir, "--total-timesteps", 40)
+        args = script.parse_args(["--resume", str(run_dir), "--total-timesteps", "40"])
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(script, "load_checkpoint", None)
+            script.train(args, script.make_env)
         assert stopped.value.code == 2
         assert f"{run_dir} is in use by process {os.getpid()}\n" in capsys.readouterr().err
-        assert checkpoint_file(run_dir).read_bytes() == before
+        assert path.read_bytes() == before
     resume(script, run_dir, "--total-timesteps", 40)
     assert load(run_dir)["global_step"] in reached(script, 40)
 
@@ -390,7 +415,11 @@ def test_second_signal_stops_at_once(start):
         (["--gamma", "2"], "--gamma 2.0: must lie between 0 and 1"),
         (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must lie between 1e-12 and"),
         (["--optimizer-epsilon", "0"], "--optimizer-epsilon 0.0: must lie between 1e-12 and"),
+        (["--num-envs", str(10**12)], "--num-envs 1000000000000: must lie between 1 and 10,000"),
         (["--resume", "runs/nowhere"], f"{Path('runs/nowhere')}: missing"),
+        (["--resume", ""], "missing"),
+        (["--exp-name", "../elsewhere"], "--exp-name ../elsewhere: "),
+        (["--exp-name", 250 * "x"], "too long"),
     ],
 )
 def test_bad_arguments_get_one_line(script, capsys, args, words):
@@ -469,13 +498,18 @@ def test_wrong_flags_get_the_parsers_box(script, capsys, args):
 def test_tracking_without_wandb_is_refused(script, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it was not installed
     assert "pip install wandb" in fails(script, ["--track"], capsys)
+    monkeypatch.delitem(sys.modules, "wandb")
+    Path("wandb").mkdir()  # which it leaves behind, and which can be imported like a package
+    monkeypatch.syspath_prepend(".")
+    assert "pip install wandb" in fails(script, ["--track"], capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ["paac_atari"], indirect=True)
 def test_a_resumed_run_is_the_same_in_wandb(script, tmp_path, monkeypatch):
     calls = []
     wandb = types.ModuleType("wandb")
-    wandb.__spec__ = types.SimpleNamespace()  # find_spec() asks for it
+    wandb.__spec__ = types.SimpleNamespace(origin="wandb/__init__.py")  # find_spec() asks for it
     wandb.init = lambda **options: calls.append(options)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     train(script, "--track", "--total-timesteps", 20)
@@ -494,7 +528,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
-@pytest.mark.parametrize("kind", ["truncated", "empty", "foreign", "partial", "pickled"])
+@pytest.mark.parametrize("kind", ["truncated", "one bit", "empty", "foreign", "partial", "pickled"])
 def test_bad_checkpoint_gets_one_line(script, tmp_path, capsys, kind):
     path = tmp_path / script.CHECKPOINT
 
@@ -508,6 +542,13 @@ def test_bad_checkpoint_gets_one_line(script, tmp_path, capsys, kind):
         train(script, "--total-timesteps", 20)
         path = checkpoint_file(only_run(tmp_path))
         path.write_bytes(path.read_bytes()[:100_000])
+    elif kind == "one bit":
+        if path.suffix != ".pt":
+            pytest.skip("msgpack has no checksums")
+        save(checkpoint_of(script, agent={"weights": torch.zeros(10_000)}))
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "foreign":
@@ -581,7 +622,7 @@ def test_a_run_of_an_older_version_resumes(script, tmp_path, capsys):
     path = checkpoint_file(only_run(tmp_path))
     checkpoint = script.deserialize(path)
     weights = {name: checkpoint[name] for name in ("script", "args", "global_step", "agent")}
-    exported = tmp_path / f"agent{path.suffix}"
+    exported = tmp_path / path.name  # a run's checkpoint has the same name, but an optimizer, too
     exported.write_bytes(script.serialize(weights))
     checkpoint.pop("env_states", None)
     checkpoint["games"] = [{}]
@@ -659,6 +700,7 @@ def test_not_a_number_stops_before_it_spreads(script, tmp_path):
     assert checkpoint_file(run_dir).read_bytes() == before
 
 
+@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 @pytest.mark.parametrize("interval", [1, 10**6])
 def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monkeypatch, interval):
     """The update that spoils them has finite losses: only the parameters tell, be it at the last
@@ -666,7 +708,9 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monke
     monkeypatch.setitem(script.RANGES, "learning_rate", (0, 1e300))
     with pytest.raises(SystemExit) as stopped:
         flags = ["--total-timesteps", 20, "--checkpoint-interval", interval]
-        train(script, *flags, "--learning-rate", "1e38", "--no-anneal-lr", "--optimizer-epsilon", 1)
+        # The most that torch takes; JAX's step is a little smaller.
+        rate = "1e39" if script.__name__ == "paac_atari_jax" else "1e38"
+        train(script, *flags, "--learning-rate", rate, "--no-anneal-lr", "--optimizer-epsilon", 1)
     assert "inf or nan" in stopped.value.code or "nan" in stopped.value.code
     assert checkpoint_file(only_run(tmp_path)) is None
 
@@ -712,14 +756,16 @@ STREAMS = {
 }
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 @pytest.mark.parametrize(
-    "name",
+    "script, name",
     [
-        "a reader that ends",
-        "neither output nor errors",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in list(STREAMS)[2:]),
+        ("paac_atari", "a reader that ends"),
+        ("paac_atari", "neither output nor errors"),
+        *(pytest.param("paac_atari", name, marks=pytest.mark.slow) for name in list(STREAMS)[2:]),
+        pytest.param("paac_atari_jax", "nothing at all", marks=pytest.mark.slow),
+        pytest.param("a3c_atari", "a full disk for both", marks=pytest.mark.slow),
     ],
+    indirect=["script"],
 )
 def test_run_does_not_depend_on_its_streams(script, tmp_path, name):
     """The checkpoint and the curves reach the end, whoever listens."""
@@ -734,7 +780,7 @@ def test_run_does_not_depend_on_its_streams(script, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", DISTINCT, indirect=True)
+@pytest.mark.parametrize("script", ["paac_atari"], indirect=True)
 def test_warning_that_cannot_be_written_either(script, tmp_path):
     """The log lies on the full disk, too."""
     (tmp_path / "runs").write_text("not a folder")
@@ -770,7 +816,7 @@ def test_learns_a_small_image_game(script, tmp_path):
     settle on half of the balls for good."""
     is_a3c = script.__name__ == "a3c_atari"
     flags = ["--num-envs", 4] if is_a3c else ["--no-anneal-lr"]
-    flags += ["--total-timesteps", 80_000]
+    flags += ["--total-timesteps", 60_000 if is_a3c else 80_000]
     if script.__name__ in Q_SCRIPTS:
         flags += ["--exploration-steps", 20_000, "--final-epsilons", 0.02]
         flags += ["--target-interval", 1000]

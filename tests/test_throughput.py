@@ -100,3 +100,21 @@ def test_a_script_that_does_not_start_says_why(tmp_path):
     with pytest.raises(SystemExit) as stopped:
         throughput.train_speed(args, "a3c_atari", 2, "nature-bf16")  # which has no --bf16
     assert "--bf16" in stopped.value.code and "a3c_atari.py" in stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"rounds": 0}, "must be positive"),
+        ({"train_seconds": -1}, "must be positive"),
+        ({"scripts": ["paac_atari.py"]}, "there is no paac_atari.py.py"),
+        ({"sb3_python": "/nowhere"}, "--sb3-python /nowhere: no such file"),
+        ({"out": "/proc/nowhere/x"}, "cannot be written"),
+    ],
+)
+def test_refuses_at_once(flags, words):
+    import throughput
+
+    with pytest.raises(SystemExit) as stopped:
+        throughput.check(throughput.Args(**flags))
+    assert words in stopped.value.code

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, each, only_run, run, tool, train
 from test_runs import checkpoint_file, in_an_empty_folder, load  # noqa: F401
+from torch.utils.tensorboard import SummaryWriter
 
 import paac_atari
 
@@ -94,29 +95,22 @@ def test_no_other_module_is_imported(tmp_path, monkeypatch):
         assert "--script" in error
     assert "evil" not in sys.modules and "antigravity" not in sys.modules
     assert fails(evaluate.load, save(tmp_path), "nowhere.py").endswith("no such file")
+    assert "not a training script" in fails(evaluate.load, save(tmp_path), plot.__file__)
 
 
 @pytest.mark.slow
 def test_script_that_lives_elsewhere(tmp_path):
-    """A copy under another name, and one under the same name that differs."""
-    for name, steps in (("mine", 7), ("paac_atari", 8)):
-        folder = tmp_path / name
-        folder.mkdir()
-        text = (ROOT / "paac_atari.py").read_text()
-        changed = text.replace("num_steps: int = 5", f"num_steps: int = {steps}\n    own: int = 1")
-        assert changed != text
-        script = folder / f"{name}.py"
-        script.write_text(changed)
-        flags = ["--num-envs", 2, "--num-workers", 1, "--total-timesteps", 20]
-        assert run([sys.executable, script.name, *flags], folder).returncode == 0
-        cmd = tool("evaluate", only_run(folder), "--script", script, "--episodes", 1)
-        result = run(cmd, tmp_path)
-        assert result.returncode == 0, result.stderr
-        assert f"BreakoutNoFrameskip-v4, {name} after {2 * steps * (20 // (2 * steps) + 1)} steps"
-        if name == "mine":
-            result = run(tool("evaluate", only_run(folder), "--episodes", 1), tmp_path)
-            assert result.returncode == 1 and result.stderr.count("\n") == 1
-            assert "'mine', which is not in" in result.stderr
+    """Even under a name that is also in this repository, with flags of its own."""
+    text = (ROOT / "paac_atari.py").read_text()
+    changed = text.replace("num_steps: int = 5", "num_steps: int = 7\n    own: int = 1")
+    assert changed != text
+    Path("paac_atari.py").write_text(changed)
+    flags = ["--num-envs", 2, "--num-workers", 1, "--total-timesteps", 20]
+    assert run([sys.executable, "paac_atari.py", *flags], tmp_path).returncode == 0
+    cmd = tool("evaluate", only_run(tmp_path), "--script", "paac_atari.py", "--episodes", 1)
+    result = run(cmd, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "BreakoutNoFrameskip-v4, paac_atari after 28 steps" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -124,13 +118,26 @@ def test_script_that_lives_elsewhere(tmp_path):
     [
         ({"episodes": 0}, "--episodes 0: must be 1 or more"),
         ({"num_envs": -1}, "--num-envs -1: must be 1 or more"),
+        ({"num_workers": -3}, "--num-workers -3: must be 0 or more"),
+        ({"seed": -1}, "--seed -1: must be 0 or more"),
+        ({"video_seconds": 0}, "--video-seconds 0: must lie between"),
+        ({"checkpoint": "nowhere"}, "nowhere: no checkpoint"),
+        ({"export": "run/checkpoint.pt"}, "run/checkpoint.pt is the checkpoint itself"),
         ({"epsilon": 1.5}, "--epsilon 1.5: must lie between 0 and 1"),
         ({"video": "x.avi"}, "must end in .mp4 or .gif"),
         ({"json": "/proc/nowhere/x.json"}, "/proc/nowhere/x.json cannot be written"),
     ],
 )
-def test_evaluate_refuses_at_once(flags, words):
-    assert words in fails(evaluate.check, evaluate.Args("run", **flags))
+def test_evaluate_refuses_at_once(tmp_path, flags, words):
+    before = save(tmp_path / "run").read_bytes()
+    assert words in fails(evaluate.check, evaluate.Args(**({"checkpoint": "run"} | flags)))
+    assert Path("run/checkpoint.pt").read_bytes() == before
+
+
+def test_evaluate_plays_on_no_more_workers_than_games(tmp_path):
+    train(paac_atari, "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 20)
+    args = evaluate.Args(str(only_run(tmp_path)), episodes=1, num_workers=7)
+    assert evaluate.evaluate(args)["episodes"] == 1
 
 
 def test_outputs_are_tried_without_a_trace(tmp_path):
@@ -139,6 +146,9 @@ def test_outputs_are_tried_without_a_trace(tmp_path):
     Path("kept").write_text("as it was")
     outputs.prepare("kept")
     assert Path("kept").read_text() == "as it was"
+    Path("link").symlink_to("target")
+    outputs.prepare("link")
+    assert Path("link").is_symlink() and not Path("target").exists()
     assert "kept/x.png cannot be written" in fails(outputs.prepare, "kept/x.png")
     assert "a cannot be written" in fails(outputs.prepare, "a")
 
@@ -152,7 +162,6 @@ def make_run(folder, steps, scores, seed=1, exp_name="paac_atari", env_id="PongN
     log = paac_atari.Log(args, Path(folder), 0, [])
     for step, score in zip(steps, scores):
         log.write(step, [(score, 100)] if score is not None else [], {})
-    log.close()
     return str(folder)
 
 
@@ -199,8 +208,15 @@ def test_what_cannot_be_plotted_is_skipped_with_a_line(tmp_path, capsys):
     Path("empty").mkdir()
     Path("foreign.csv").write_text("a,b\n1,2\n")
     Path("empty.csv").write_text("")
-    Path("broken.csv").write_text("env_id,label,seed,steps,charts/episodic_return\nx,y,1,a,b\n")
-    bad = ["no game over", "empty", "foreign.csv", "empty.csv", "broken.csv", "nowhere"]
+    header = "env_id,label,seed,steps,charts/episodic_return\n"
+    Path("header.csv").write_text(header)
+    Path("short.csv").write_text(f"{header}x,y,1,5\n")
+    Path("binary.csv").write_bytes(bytes(range(256)))
+    Path("broken.csv").write_text(f"{header}x,y,1,a,b\n")
+    with SummaryWriter("foreign") as writer:
+        writer.add_scalar("a/b", 1.0, 1, new_style=True)
+    bad = ["no game over", "empty", "foreign", "foreign.csv", "empty.csv", "header.csv"]
+    bad += ["short.csv", "binary.csv", "broken.csv", "nowhere"]
     assert len(plotted(bad[0], good, *bad[1:])) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == len(bad) and "Traceback" not in error, error
@@ -235,4 +251,5 @@ def test_a_band_only_where_all_seeds_have_points(tmp_path, monkeypatch, capsys):
 def test_plot_refuses_at_once(tmp_path):
     assert "2 labels for 1 runs" in fails(plot.main, plot.Args(["x"], labels=["a", "b"]))
     assert "--smooth 0" in fails(plot.main, plot.Args(["x"], smooth=0))
+    assert "must end in .png" in fails(plot.main, plot.Args(["x"], out="curves"))
     assert "cannot be written" in fails(plot.main, plot.Args(["x"], out="/proc/nowhere/x.png"))

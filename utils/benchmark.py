@@ -100,33 +100,49 @@ class Run:
 def plan(args):
     """All runs; a mistyped game or flag ends here, in the script's own words."""
     if args.runs:
-        lines = [
-            line
-            for line in Path(args.runs).read_text().splitlines()
-            if line.strip() and not line.startswith("#")
-        ]
+        lines = read_runs(args.runs)
     else:
         lines = []
         for script, game, n, seed in itertools.product(
             args.scripts, args.games, args.num_envs or [None], args.seeds
         ):
+            name = script.removesuffix(".py")
             env_id = game if game in gym.registry else f"{game}NoFrameskip-v4"
-            size = f"--num-envs {n} --exp-name {script}-{n}" if n else ""
-            lines.append(f"{script}.py --env-id {env_id} --seed {seed} {size}")
+            size = "" if n is None else f"--num-envs {n} --exp-name {name}-{n}"
+            lines.append(f"{name} --env-id {env_id} --seed {seed} {size}")
+    if not lines:
+        sys.exit("no runs: --scripts, --games, --seeds or the file of --runs is empty")
     runs = []
     for line in lines:
-        script, *flags = shlex.split(f"{line} {args.flags}")
+        try:
+            script, *flags = shlex.split(f"{line} {args.flags}")
+        except ValueError as error:
+            sys.exit(f"{line} {args.flags}: {error}")
         script = script.removesuffix(".py")
-        if not (UTILS.parent / f"{script}.py").exists():
-            sys.exit(f"there is no script {script}.py")
+        if script not in {path.stem for path in UTILS.parent.glob("*.py")}:
+            sys.exit(f"there is no script {script}.py in {UTILS.parent}")
+        if "--resume" in flags:
+            sys.exit(f"{line}: without --resume, as all runs are resumed")
         runs.append(Run(script, flags, importlib.import_module(script).parse_args(flags)))
     if len({run.name for run in runs}) < len(runs):
         sys.exit("two runs have the same game, --exp-name and --seed")
     return runs
 
 
-def say(line):
-    print(f"{line}\n", end="", flush=True)  # one piece, or the lines of several threads mix
+def read_runs(path):
+    """The command lines of a file, without comments and empty lines."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"--runs {path}: {error}")
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def say(text):
+    """Print in one piece, or the lines of several threads mix. If nobody can read it any more, the
+    runs go on all the same."""
+    with suppress(OSError):
+        print(f"{text}\n", end="", flush=True)
 
 
 # Loaded before any fork; there is nothing like it on macOS.
@@ -274,7 +290,7 @@ def write(rows, out):
     lines = [" | ".join(columns), "|".join(alignment)]
     lines += [" | ".join(show(row, c) for c in columns) for row in rows]
     table = "".join(f"| {line} |\n" for line in lines)
-    print(f"\n{table}")
+    say(f"\n{table}")
     Path(f"{out}.md").write_text(table)
     with open(f"{out}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -283,6 +299,8 @@ def write(rows, out):
 
 
 def main(args):
+    if args.retries < 0 or (args.parallel is not None and args.parallel < 1):
+        sys.exit("--retries must be 0 or more, --parallel 1 or more")
     runs = plan(args)
     for name in (f"{args.out}.md", f"{args.out}/log", f"{args.out}_steps.png"):
         prepare(name)
@@ -316,7 +334,7 @@ def main(args):
     if rows:
         write(rows, args.out)
     else:
-        print("no table: no run has come far enough")
+        say("no table: no run has come far enough")
     if with_scores:
         folders = [run.folder for run in with_scores]
         draw(folders, "hours", args.out)

@@ -71,6 +71,8 @@ def load(path, script_path=None):
     """The checkpoint of a file, with an Args as "args", and the module of its script."""
     try:
         name = read_script_name(path)
+    except ImportError as error:
+        sys.exit(f"{path} needs a package that is not installed: {error}")
     except Exception as error:  # a damaged file raises nearly anything
         sys.exit(f"{path}: damaged, or no checkpoint ({type(error).__name__})")
     if script_path is None:
@@ -83,6 +85,8 @@ def load(path, script_path=None):
         sys.exit(f"--script {script_path}: no such file")
     sys.path[:0] = [str(script_path.parent), str(ROOT)]  # the workers import it from there, too
     script = importlib.import_module(script_path.stem)
+    if not hasattr(script, "load_checkpoint"):
+        sys.exit(f"--script {script_path}: not a training script")
     try:
         return script.load_checkpoint(path), script
     except ValueError as error:
@@ -92,7 +96,7 @@ def load(path, script_path=None):
 def make_torch_network(checkpoint, script, game, device):
     """A function of observations that gives logits and values, or Q-values."""
     args = checkpoint["args"]
-    if script.__name__ == "paac":
+    if hasattr(args, "hidden_size"):  # paac.py, or a fork of it
         (obs_size,) = game.observation_space.shape
         agent = script.Agent(obs_size, game.action_space.n, args.hidden_size)
     else:
@@ -204,6 +208,8 @@ def evaluate(args):
     flags = SimpleNamespace(**flags)
     # A3C has no workers: its games run on those of paac_atari.py.
     plumbing = script if hasattr(script, "WorkerPool") else importlib.import_module("paac_atari")
+    if flags.num_workers is not None:
+        flags.num_workers = min(flags.num_workers, num_envs)
     plumbing.choose_num_workers(flags)
     envs = plumbing.WorkerPool(flags, script.make_env)
     make_network = make_jax_network if path.suffix == ".msgpack" else make_torch_network
@@ -258,14 +264,20 @@ def evaluate(args):
 
 def check(args):
     """End with one line, before any game is played, if something cannot work."""
-    for flag in ("episodes", "num_envs"):
-        if getattr(args, flag) < 1:
-            sys.exit(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    for flag, lowest in {"episodes": 1, "num_envs": 1, "num_workers": 0, "seed": 0}.items():
+        value = getattr(args, flag)
+        if value is not None and value < lowest:
+            sys.exit(f"--{flag.replace('_', '-')} {value}: must be {lowest} or more")
     if not 0 <= args.epsilon <= 1:
         sys.exit(f"--epsilon {args.epsilon}: must lie between 0 and 1")
+    if not 0.1 <= args.video_seconds <= 1e6:
+        sys.exit(f"--video-seconds {args.video_seconds}: must lie between 0.1 and 1,000,000")
     if args.video and Path(args.video).suffix not in (".mp4", ".gif"):
         sys.exit(f"--video {args.video}: the name must end in .mp4 or .gif")
+    checkpoint = find_checkpoint(Path(args.checkpoint))
     for path in (args.json, args.export, args.video):
+        if path and Path(path).resolve() == checkpoint.resolve():
+            sys.exit(f"{path} is the checkpoint itself: it would be overwritten")
         prepare(path)
 
 

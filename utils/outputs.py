@@ -9,7 +9,7 @@ def prepare(path):
     after hours of work. None, a file that nobody asked for, is fine."""
     if path is None:
         return
-    path = Path(path)
+    path = Path(path).resolve()  # of a link, the file that it names
     is_new = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

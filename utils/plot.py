@@ -75,7 +75,7 @@ def read_flags(run_dir):
     there is none."""
     events = read_events(run_dir)
     for tag in events.Tags()["tensors"]:
-        table = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+        table = b"".join(events.Tensors(tag)[-1].tensor_proto.string_val).decode(errors="replace")
         rows = [line.split("|") for line in table.splitlines() if line.count("|") >= 3]
         flags = {row[1]: "|".join(row[2:-1]) for row in rows}
         if flags.keys() >= {"env_id", "exp_name", "seed"}:
@@ -109,10 +109,12 @@ def average(values, window):
 
 def read_csv(path, tag, x):
     """The curves of a file written by --csv. Raises ValueError if it has others."""
-    with open(path, newline="") as file:
-        header, *rows = csv.reader(file)
+    with open(path, newline="", errors="replace") as file:
+        header, *rows = [*csv.reader(file)] or [None]
     if header != ["env_id", "label", "seed", x, tag]:
         raise ValueError(f"not a file with {tag} over {x} that --csv has written")
+    if not rows:
+        raise ValueError("no points in it")
     points = defaultdict(list)
     for *key, x_value, y_value in rows:
         points[tuple(key)].append((float(x_value), float(y_value)))
@@ -133,7 +135,7 @@ def read_curves(args):
                 x, values = read_run(run, args.tag, args.smooth)
                 name = [flags[flag] for flag in ("env_id", "exp_name", "seed")]
                 new = [Curve(*name, x[args.x], values)]
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # a foreign file raises nearly anything
             print(f"{run} is skipped: {error}", file=sys.stderr)
             continue
         # A file with several lines keeps their names.
@@ -210,8 +212,11 @@ def draw(curves, args):
 def main(args):
     if args.labels and len(args.labels) != len(args.runs):
         sys.exit(f"{len(args.labels)} labels for {len(args.runs)} runs")
-    if args.smooth < 1:
-        sys.exit(f"--smooth {args.smooth}: must be 1 or more")
+    if not 1 <= args.smooth <= 10**6:
+        sys.exit(f"--smooth {args.smooth}: must lie between 1 and 1,000,000")
+    formats = plt.Figure().canvas.get_supported_filetypes()
+    if Path(args.out).suffix.removeprefix(".") not in formats:
+        sys.exit(f"--out {args.out}: the name must end in .png, .pdf or .svg")
     prepare(args.out)
     prepare(args.csv)
     curves = cut_files(read_curves(args))

@@ -35,6 +35,7 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
+from benchmark import stop_with_parent
 from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 from outputs import prepare
 from plot import read_tags
@@ -141,8 +142,10 @@ def game_pipelines(args):
         return {f"the emulator alone, {workers} processes": speed}
 
     def close():
+        for process in stock.processes:  # its close() would wait for ever after an error
+            process.kill()
+        stock.closed = True
         ours.close()
-        stock.close()
         cpp.close()
 
     pipelines = {
@@ -207,7 +210,8 @@ def train_speed(args, script, num_envs, network):
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with open(log, "w") as file:
-            process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file)
+            options = {"stdout": file, "stderr": file, "preexec_fn": stop_with_parent}
+            process = subprocess.Popen(command, cwd=folder, **options)
         try:
             wait_for_points(process, log, 1)
             time.sleep(args.train_seconds)
@@ -311,8 +315,21 @@ def in_turn(measures, rounds):
     return results
 
 
-def main(args):
+def check(args):
+    """End with one line, before anything is measured, if something cannot work."""
+    if args.rounds < 1 or args.num_envs < 1 or args.seconds <= 0 or args.train_seconds < 0:
+        sys.exit("--rounds, --num-envs, --seconds and --train-seconds must be positive")
+    for script in args.scripts:
+        if not (ROOT / f"{script}.py").exists():
+            sys.exit(f"--scripts {script}: there is no {script}.py in {ROOT}")
+    if args.sb3_python and not Path(args.sb3_python).exists():
+        sys.exit(f"--sb3-python {args.sb3_python}: no such file")
     prepare(f"{args.out}.json")
+
+
+def main(args):
+    check(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SIGTERM"))  # so that `finally` is reached
     report = {
         "hardware": hardware(),
         "settings": {k: v for k, v in vars(args).items() if k != "sb3_python"},
@@ -320,11 +337,12 @@ def main(args):
     print(", ".join(f"{k} {v}" for k, v in report["hardware"].items()), flush=True)
     if "games" in args.parts:
         pipelines, emulator, close = game_pipelines(args)
-        rounds = [
-            alternate(pipelines, args.num_envs, args.seconds) | emulator()
-            for _ in range(args.rounds)
-        ]
-        close()
+        rounds = []
+        try:
+            for _ in range(args.rounds):
+                rounds.append(alternate(pipelines, args.num_envs, args.seconds) | emulator())
+        finally:
+            close()
         speeds = {name: [speeds[name] for speeds in rounds] for name in rounds[0]}
         report["games"] = table(
             f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines))
