@@ -917,7 +917,7 @@ class Log:
         if self.recent_scores:
             score = f"score {np.mean(self.recent_scores):.1f}"
         total = self.args.total_timesteps
-        hours = (total - global_step) / max(speed, 1) / 3600
+        hours = max(0, total - global_step) / max(speed, 1) / 3600
         progress = f"step {global_step:,} of {total:,}  {speed:,.0f} steps/s"
         say(f"{progress}  {hours:.1f} h left  {score}")
 

@@ -205,7 +205,7 @@ def fails(script, args, capsys):
         pytest.param("paac_atari", "BreakoutNoFrameskip-v4", 1600, marks=pytest.mark.slow),
         *(
             pytest.param(name, "ALE/Qbert-v5", 1600, marks=pytest.mark.slow)
-            for name in SYNCHRONOUS[1:]
+            for name in ("nstep_q_atari", "one_step_sarsa_atari", "paac_atari_jax")
         ),
     ],
     indirect=["script"],
@@ -383,7 +383,7 @@ def test_second_signal_stops_at_once(start):
     os.kill(workers(r.pid)[0], signal.SIGSTOP)  # the update cannot finish
     os.kill(r.pid, signal.SIGINT)
     os.kill(r.pid, signal.SIGTERM)  # uv and timeout send one each: within a second, they are one
-    time.sleep(1.5)
+    time.sleep(3)  # the second counts from the moment at which Python handles the first
     assert r.process.poll() is None
     os.kill(r.pid, signal.SIGINT)
     assert r.wait(5) == -signal.SIGINT
@@ -643,6 +643,7 @@ def test_a_run_of_an_older_version_resumes(script, tmp_path, capsys):
 # bad luck -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", each([*DISTINCT, "one_step_sarsa_atari"]), indirect=True)
 def test_killed_worker_is_replaced(script, start, tmp_path):
     r = start("--total-timesteps", "1000")
     r.wait_for_output(" steps/s")
@@ -816,7 +817,7 @@ def test_learns_a_small_image_game(script, tmp_path):
     settle on half of the balls for good."""
     is_a3c = script.__name__ == "a3c_atari"
     flags = ["--num-envs", 4] if is_a3c else ["--no-anneal-lr"]
-    flags += ["--total-timesteps", 60_000 if is_a3c else 80_000]
+    flags += ["--total-timesteps", 80_000]
     if script.__name__ in Q_SCRIPTS:
         flags += ["--exploration-steps", 20_000, "--final-epsilons", 0.02]
         flags += ["--target-interval", 1000]
