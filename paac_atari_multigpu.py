@@ -219,7 +219,7 @@ def train(args, make_env):
     optimizer = make_optimizer(agent, args)
 
     run_dir = gather_from_ranks(choose_run_dir(args))[0]  # whose name has the time in it
-    lock = lock_run_dir(run_dir if RANK == 0 else Path(os.devnull))  # rank 0's is for all
+    lock = lock_run_dir(run_dir) if RANK == 0 else open(os.devnull)  # rank 0's is for all
     checkpoint = load_checkpoint(args.resume)  # {} without --resume
     global_step = checkpoint.get("global_step", 0)
     if checkpoint:
@@ -936,16 +936,19 @@ RANGES = {
 
 
 def check_numbers(args):
+    """Refuse numbers outside their range, inf and nan among them."""
     for name, value in vars(args).items():
-        for number in value if isinstance(value, tuple) else [value]:
-            if type(number) not in (int, float):
+        flag = name.replace("_", "-")
+        numbers = value if isinstance(value, tuple) else [value]
+        if len(numbers) == 0:
+            fail(f"--{flag}: at least one number")
+        for number in numbers:
+            if type(number) not in (int, float):  # texts, None, and bool, which is an int, too
                 continue
-            lowest, highest = RANGES.get(name, (1 if type(number) is int else 0, 10**12))
+            default = (1, 10**12) if isinstance(number, int) else (0, 10**12)
+            lowest, highest = RANGES.get(name, default)
             if not lowest <= number <= highest:  # true for nan, too
-                flag = name.replace("_", "-")
                 fail(f"--{flag} {number}: must lie between {lowest} and {highest:,}")
-        if value == ():
-            fail(f"--{name.replace('_', '-')}: at least one number")
 
 
 def run_name(args):
@@ -962,18 +965,19 @@ def choose_run_dir(args):
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
     process that locks this folder ends with one line. Folders that cannot be locked are not."""
-    file = open(os.devnull)
-    with suppress(OSError):
+    try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = open(run_dir / "lock", "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            fail(f"{run_dir} is in use by process {file.read()}")
+        # Not buffered: close() would try again to write what a full disk has refused.
+        file = open(run_dir / "lock", "a+b", buffering=0)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        fail(f"{run_dir} is in use by process {file.read().decode()}")
+    except OSError:
+        return open(os.devnull)
+    with suppress(OSError):  # the lock holds without the number in it
         file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        file.write(str(os.getpid()).encode())
     return file
 
 
@@ -1012,12 +1016,11 @@ def load_checkpoint(path):
         checkpoint = deserialize(path)
         script = checkpoint["script"]
         flags = checkpoint["args"]
-        has_rest = "global_step" in checkpoint and "agent" in checkpoint
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
-    if not has_rest:
+    if "global_step" not in checkpoint or "agent" not in checkpoint:
         raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")

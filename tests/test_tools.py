@@ -169,7 +169,6 @@ def plotted(*runs, **options):
     """The rows of --csv: (game, label, seed, x, value)."""
     options = {"smooth": 1, "csv": "curves.csv"} | options
     plot.read_events.cache_clear()
-    plot.read_tags.cache_clear()
     plot.main(plot.Args(list(map(str, runs)), **options))
     assert Path("curves.png").stat().st_size > 10_000
     rows = [line.split(",") for line in Path(options["csv"]).read_text().splitlines()]

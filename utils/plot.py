@@ -63,7 +63,6 @@ def read_events(run_dir):
     return events
 
 
-@cache
 def read_tags(run_dir):
     """{tag: points} of a run; what was logged twice around a crash is there once."""
     events = read_events(run_dir)
