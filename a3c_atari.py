@@ -172,6 +172,16 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 
 
 # 2. TRAINING =====================================================================================
+LOSSES = (
+    "charts/learning_rate",
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/grad_norm",
+    "losses/logits_norm",
+)
+
+
 class Shared:
     """What all processes see and change, in shared memory. Of the optimizer, that is square_avg
     alone: each process has a learning rate of its own."""
@@ -182,17 +192,9 @@ class Shared:
         for state in optimizer.state.values():
             state["square_avg"].share_memory_()
         self.steps = torch.zeros(num_envs, dtype=torch.int64).share_memory_()  # taken by each
-        self.losses = torch.zeros(num_envs, 5).share_memory_()  # of each one's last update
+        self.losses = torch.zeros(num_envs, len(LOSSES)).share_memory_()  # of the last updates
+        self.obs = torch.zeros(num_envs, 4, 84, 84, dtype=torch.uint8).share_memory_()  # the newest
         self.stop = torch.zeros(1, dtype=torch.bool).share_memory_()
-
-
-LOSSES = (
-    "charts/learning_rate",
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/grad_norm",
-)
 
 
 def actor_learner(number, start, args, make_env, first_step, shared, connection):
@@ -267,7 +269,8 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
         agent.zero_grad()
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-        losses = torch.stack([policy_loss, value_loss, entropy, grad_norm])
+        logits_norm = logits.detach().norm(dim=-1).mean()
+        losses = torch.stack([policy_loss, value_loss, entropy, grad_norm, logits_norm])
         if not losses.isfinite().all():
             connection.send(dict(zip(LOSSES[1:], losses.tolist())))
             return
@@ -275,6 +278,7 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
             shared_p.grad = p.grad
         shared.optimizer.step()
         shared.losses[number] = torch.tensor([learning_rate, *losses])
+        shared.obs[number] = torch.as_tensor(obs)
         shared.steps[number] += args.num_steps
         global_step = first_step + int(shared.steps.sum())
 
@@ -318,6 +322,7 @@ def train(args, make_env):
         if log_due:
             num_started = max(1, int((shared.steps > 0).sum()))
             scalars = dict(zip(LOSSES, shared.losses.sum(0) / num_started))
+            scalars |= live_units(agent, shared.obs)
             log.write(global_step, episodes, scalars)
             episodes = []
         if checkpoint_due:
@@ -1007,6 +1012,31 @@ class RMSpropTF(torch.optim.Optimizer):
 
 
 # <<< shared: rmsprop
+# >>> shared: live units
+@torch.no_grad()
+def live_units(agent, obs):
+    """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
+    for at least one of the observations, by tag. A unit that is positive for none has no gradient,
+    and if that is so for all observations to come, it can never learn again."""
+    outputs = []  # of the ReLU layers: (num_envs, units, ...)
+
+    def keep(layer, inputs, output):
+        outputs.append(output)
+
+    layers = [layer for layer in agent.modules() if isinstance(layer, nn.ReLU)]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    agent(obs)
+    for hook in hooks:
+        hook.remove()
+    shares = {}
+    for number, output in enumerate(outputs, start=1):
+        units = output.transpose(0, 1).flatten(start_dim=1)  # (units, everything else)
+        is_live = (units > 0).any(dim=1)
+        shares[f"charts/live_units_{number}"] = is_live.float().mean()
+    return shares
+
+
+# <<< shared: live units
 
 
 if __name__ == "__main__":

@@ -280,6 +280,7 @@ def train(args, make_env):
             scalars["losses/q_values"] = q_values.mean()
             scalars["charts/epsilon"] = epsilons.mean()
             scalars["charts/learning_rate"] = learning_rate
+            scalars |= live_units(agent, torch.as_tensor(obs, device=device))
             log.write(global_step, episodes, scalars)
         if checkpoint_due:
             checkpoint = {
@@ -1163,6 +1164,31 @@ class RMSpropTF(torch.optim.Optimizer):
 
 
 # <<< shared: rmsprop
+# >>> shared: live units
+@torch.no_grad()
+def live_units(agent, obs):
+    """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
+    for at least one of the observations, by tag. A unit that is positive for none has no gradient,
+    and if that is so for all observations to come, it can never learn again."""
+    outputs = []  # of the ReLU layers: (num_envs, units, ...)
+
+    def keep(layer, inputs, output):
+        outputs.append(output)
+
+    layers = [layer for layer in agent.modules() if isinstance(layer, nn.ReLU)]
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    agent(obs)
+    for hook in hooks:
+        hook.remove()
+    shares = {}
+    for number, output in enumerate(outputs, start=1):
+        units = output.transpose(0, 1).flatten(start_dim=1)  # (units, everything else)
+        is_live = (units > 0).any(dim=1)
+        shares[f"charts/live_units_{number}"] = is_live.float().mean()
+    return shares
+
+
+# <<< shared: live units
 # >>> shared: cuda graphs
 def repeat_agent(agent, num_passes, obs):
     """Return num_passes functions that compute agent(obs). On a GPU each is a CUDA graph, which is

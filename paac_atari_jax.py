@@ -87,17 +87,22 @@ class Agent(nn.Module):
         root_2 = math.sqrt(2)
         pixels = jnp.moveaxis(obs, 1, -1).astype(jnp.float32) / 255  # flax has channels last
         if self.arch == "nips":
-            x = nn.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
-            x = nn.relu(self.conv(x, 32, kernel_size=4, stride=2))
-            x = nn.relu(self.dense(x.reshape(len(x), -1), 256, gain=root_2))
+            x = self.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
+            x = self.relu(self.conv(x, 32, kernel_size=4, stride=2))
+            x = self.relu(self.dense(x.reshape(len(x), -1), 256, gain=root_2))
         else:
-            x = nn.relu(self.conv(pixels, 32, kernel_size=8, stride=4))
-            x = nn.relu(self.conv(x, 64, kernel_size=4, stride=2))
-            x = nn.relu(self.conv(x, 64, kernel_size=3, stride=1))
-            x = nn.relu(self.dense(x.reshape(len(x), -1), 512, gain=root_2))
+            x = self.relu(self.conv(pixels, 32, kernel_size=8, stride=4))
+            x = self.relu(self.conv(x, 64, kernel_size=4, stride=2))
+            x = self.relu(self.conv(x, 64, kernel_size=3, stride=1))
+            x = self.relu(self.dense(x.reshape(len(x), -1), 512, gain=root_2))
         logits = self.dense(x, self.num_actions, gain=0.01, name="policy")  # nearly uniform
         values = self.dense(x, 1, gain=1.0, name="value").squeeze(-1)
         return logits.astype(jnp.float32), values.astype(jnp.float32)
+
+    def relu(self, x):
+        x = nn.relu(x)
+        self.sow("intermediates", "relu", x)  # for live_units(); all other calls ignore it
+        return x
 
     def conv(self, x, features, kernel_size, stride):
         fan_in = kernel_size * kernel_size * x.shape[-1]
@@ -214,6 +219,7 @@ def update(optimizer, params, opt_state, learning_rate, rollout, next_value, coe
         "losses/value_loss": value_loss,
         "losses/entropy": entropy,
         "losses/grad_norm": optax.tree.norm(gradients),
+        "losses/logits_norm": jnp.linalg.norm(logits, axis=-1).mean(),
         "losses/explained_variance": 1 - (returns - values).var() / returns.var(),
     }
     return params, opt_state, scalars
@@ -322,6 +328,7 @@ def train(args, make_env):
         if log_due:
             scalars["losses/explained_variance"] = explained_variance
             scalars["charts/learning_rate"] = learning_rate
+            scalars |= live_units(agent, params, obs)
             log.write(global_step, episodes, scalars)
         if checkpoint_due:
             checkpoint = {
@@ -1171,6 +1178,20 @@ class SummaryWriter:
 
 def serialize(checkpoint):
     return flax.serialization.msgpack_serialize(checkpoint)
+
+
+@partial(jax.jit, static_argnames="agent")
+def live_units(agent, params, obs):
+    """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
+    for at least one of the observations, by tag. A unit that is positive for none has no gradient,
+    and if that is so for all observations to come, it can never learn again."""
+    _, kept = agent.apply(params, obs, mutable="intermediates")
+    outputs = kept.get("intermediates", {}).get("relu", ())  # of the layers: (num_envs, ..., units)
+    shares = {}
+    for number, output in enumerate(outputs, start=1):
+        units = output.reshape(-1, output.shape[-1])  # (everything else, units)
+        shares[f"charts/live_units_{number}"] = (units > 0).any(axis=0).mean()
+    return shares
 
 
 def is_finite(agent_state):

@@ -131,6 +131,7 @@ def test_concurrent_updates_stay_finite(tmp_path, monkeypatch):
     assert all(p.isfinite().all() for p in checkpoint["agent"].values())
     curves = scalars(run_dir)
     assert {*a3c_atari.LOSSES, "charts/SPS", "charts/episodic_return"} <= curves.keys()
+    assert "charts/live_units_3" in curves
     assert np.isfinite([value for curve in curves.values() for _, value in curve]).all()
     assert not multiprocessing.active_children()
 

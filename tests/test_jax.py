@@ -77,6 +77,10 @@ def test_an_update_equals_torchs(arch, optimizer):
         next_value = paac_atari_jax.compute_values(jax_agent, params, next_obs)
         actions = torch.from_numpy(np.stack([np.array(x) for x in actions_])).long()
         logits, values = map(torch.stack, zip(*(agent(torch.from_numpy(o)) for o in obs)))
+        shares = paac_atari.live_units(agent, torch.from_numpy(obs[0]))
+        jax_shares = paac_atari_jax.live_units(jax_agent, params, obs[0])
+        assert len(shares) == (3 if arch == "nips" else 4)
+        assert jax_shares == {tag: pytest.approx(share.item()) for tag, share in shares.items()}
         for step in range(5):
             np.testing.assert_allclose(logits_[step], logits[step].detach(), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(values_[step], values[step].detach(), rtol=1e-4, atol=1e-5)
@@ -115,6 +119,7 @@ def test_an_update_equals_torchs(arch, optimizer):
             "value_loss": value_loss,
             "entropy": entropy,
             "grad_norm": grad_norm,
+            "logits_norm": logits.norm(dim=-1).mean(),
         }
         for name, x in (expected | {"explained_variance": explained}).items():
             np.testing.assert_allclose(

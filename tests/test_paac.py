@@ -183,6 +183,27 @@ def test_network(arch, sizes):
 
 
 @pytest.mark.parametrize("script", TORCH, indirect=True)
+@pytest.mark.parametrize("arch, layers", [("nips", 3), ("nature", 4)])
+def test_live_units(script, arch, layers):
+    """A quarter of each layer's units is dead; then one of them answers to one observation."""
+    agent = script.Agent(6, arch)
+    biased = [layer for layer in agent.trunk if hasattr(layer, "weight")]
+    with torch.no_grad():
+        for layer in biased:
+            layer.weight.zero_()
+            layer.bias.fill_(1)
+            layer.bias[: len(layer.bias) // 4] = -1
+        biased[0].weight[0] = 1  # not enough on a black screen
+    obs = torch.zeros(8, 4, 84, 84, dtype=torch.uint8)
+    shares = script.live_units(agent, obs)
+    expected = {f"charts/live_units_{n}": 0.75 for n in range(1, layers + 1)}
+    assert {tag: share.item() for tag, share in shares.items()} == expected
+    obs[5, 0, :8, :8] = 255
+    one_more = script.live_units(agent, obs)["charts/live_units_1"]
+    assert one_more == 0.75 + 1 / len(biased[0].bias)
+
+
+@pytest.mark.parametrize("script", TORCH, indirect=True)
 @pytest.mark.parametrize("arch", ["nips", "nature"])
 def test_network_init_by_default(script, arch):
     """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the
