@@ -61,14 +61,17 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of RMSProp, inside the root of the mean square (paper: 0.1)
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
+    center_obs: bool = False  # subtract from each observation its own mean, as paac_atari.py does
+    layer_norm: bool = False  # LayerNorm before the last hidden layer's ReLU, as paac_atari.py does
+    bf16: bool = False  # bfloat16: faster on CPUs with AVX512_BF16 or AMX
 
 
 # 1. ALGORITHM ====================================================================================
 # >>> shared: orthogonal
 def init_orthogonal(module, gain):
-    """Orthogonal weights times gain, and zero biases, in all layers of the module."""
+    """Orthogonal weights times gain, and zero biases, in all convolutions and linear layers."""
     for layer in module.modules():
-        if hasattr(layer, "weight"):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -78,10 +81,11 @@ def init_orthogonal(module, gain):
 class Agent(nn.Module):
     """Policy and value on a common trunk: nips (Mnih et al. 2013) or nature (Mnih et al. 2015)."""
 
-    def __init__(self, num_actions, arch="nips", init="orthogonal", bf16=False):
+    def __init__(self, num_actions, args):
         super().__init__()
-        self.bf16 = bf16
-        if arch == "nips":
+        self.bf16 = args.bf16
+        self.center_obs = args.center_obs
+        if args.arch == "nips":
             hidden_size = 256
             self.trunk = nn.Sequential(
                 nn.Conv2d(4, 16, kernel_size=8, stride=4),
@@ -90,6 +94,7 @@ class Agent(nn.Module):
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(32 * 9 * 9, hidden_size),
+                nn.LayerNorm(hidden_size) if args.layer_norm else nn.Identity(),
                 nn.ReLU(),
             )
         else:
@@ -103,11 +108,12 @@ class Agent(nn.Module):
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(64 * 7 * 7, hidden_size),
+                nn.LayerNorm(hidden_size) if args.layer_norm else nn.Identity(),
                 nn.ReLU(),
             )
         self.policy = nn.Linear(hidden_size, num_actions)
         self.value = nn.Linear(hidden_size, 1)
-        if init == "orthogonal":  # torch's layers come with "uniform"
+        if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
@@ -118,6 +124,11 @@ class Agent(nn.Module):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             pixels = obs.float() / 255
+            if self.center_obs:
+                # All pixels are positive. On a bright background, all weights of a filter get
+                # gradients of one sign; Adam moves them together, and soon the filter is negative
+                # on every screen, so that it never learns again (LeCun et al. 1998, section 4.3).
+                pixels -= pixels.mean((1, 2, 3), keepdim=True)
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
             logits = self.policy(hidden)
             values = self.value(hidden).squeeze(-1)
@@ -288,7 +299,7 @@ def train(args, make_env):
     stop_signals = catch_stop_signals()
     torch.manual_seed(args.seed)
     game = make_env(args)
-    agent = Agent(game.action_space.n, args.arch, args.init)
+    agent = Agent(game.action_space.n, args)
     game.close()
     optimizer = RMSpropTF(agent.parameters(), lr=args.learning_rate, eps=args.optimizer_epsilon)
 
@@ -633,7 +644,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "hidden_size")  # a resumed run keeps them
+NETWORK_FLAGS = ("arch", "center_obs", "layer_norm", "hidden_size")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 
 def say(text, stream=None):

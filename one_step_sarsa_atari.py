@@ -70,15 +70,17 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
+    center_obs: bool = True  # subtract from each observation its own mean; not in the paper
+    layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
 
 # 1. ALGORITHM ====================================================================================
 # >>> shared: orthogonal
 def init_orthogonal(module, gain):
-    """Orthogonal weights times gain, and zero biases, in all layers of the module."""
+    """Orthogonal weights times gain, and zero biases, in all convolutions and linear layers."""
     for layer in module.modules():
-        if hasattr(layer, "weight"):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -88,10 +90,11 @@ def init_orthogonal(module, gain):
 class Agent(nn.Module):
     """Values of all actions: nips (Mnih et al. 2013) or nature (Mnih et al. 2015)."""
 
-    def __init__(self, num_actions, arch="nips", init="orthogonal", bf16=False):
+    def __init__(self, num_actions, args):
         super().__init__()
-        self.bf16 = bf16
-        if arch == "nips":
+        self.bf16 = args.bf16
+        self.center_obs = args.center_obs
+        if args.arch == "nips":
             hidden_size = 256
             self.trunk = nn.Sequential(
                 nn.Conv2d(4, 16, kernel_size=8, stride=4),
@@ -100,6 +103,7 @@ class Agent(nn.Module):
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(32 * 9 * 9, hidden_size),
+                nn.LayerNorm(hidden_size) if args.layer_norm else nn.Identity(),
                 nn.ReLU(),
             )
         else:
@@ -113,10 +117,11 @@ class Agent(nn.Module):
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(64 * 7 * 7, hidden_size),
+                nn.LayerNorm(hidden_size) if args.layer_norm else nn.Identity(),
                 nn.ReLU(),
             )
         self.q = nn.Linear(hidden_size, num_actions)
-        if init == "orthogonal":  # torch's layers come with "uniform"
+        if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.q, gain=1.0)
         # On a CPU, an update with nips takes half the time in this layout.
@@ -126,6 +131,11 @@ class Agent(nn.Module):
         """obs: uint8 (num_envs, 4, 84, 84) -> Q-values (num_envs, num_actions)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             pixels = obs.float() / 255
+            if self.center_obs:
+                # All pixels are positive. On a bright background, all weights of a filter get
+                # gradients of one sign; Adam moves them together, and soon the filter is negative
+                # on every screen, so that it never learns again (LeCun et al. 1998, section 4.3).
+                pixels -= pixels.mean((1, 2, 3), keepdim=True)
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
             q_values = self.q(hidden)
         return q_values.float()
@@ -173,7 +183,7 @@ def train(args, make_env):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = WorkerPool(args, make_env)
-    agent = Agent(envs.action_space.n, args.arch, args.init, args.bf16).to(device)
+    agent = Agent(envs.action_space.n, args).to(device)
     target = copy.deepcopy(agent).requires_grad_(False)
     optimizer = make_optimizer(agent, args)
 
@@ -779,7 +789,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "hidden_size")  # a resumed run keeps them
+NETWORK_FLAGS = ("arch", "center_obs", "layer_norm", "hidden_size")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 
 def say(text, stream=None):

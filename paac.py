@@ -74,9 +74,9 @@ class Args:  # the comments are the texts of --help
 # 1. ALGORITHM ====================================================================================
 # >>> shared: orthogonal
 def init_orthogonal(module, gain):
-    """Orthogonal weights times gain, and zero biases, in all layers of the module."""
+    """Orthogonal weights times gain, and zero biases, in all convolutions and linear layers."""
     for layer in module.modules():
-        if hasattr(layer, "weight"):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -643,7 +643,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "hidden_size")  # a resumed run keeps them
+NETWORK_FLAGS = ("arch", "center_obs", "layer_norm", "hidden_size")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 
 def say(text, stream=None):

@@ -69,6 +69,8 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
+    center_obs: bool = True  # subtract from each observation its own mean; not in the paper
+    layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
 
@@ -80,21 +82,31 @@ class Agent(nn.Module):
     arch: str = "nips"
     initial: str = "orthogonal"
     bf16: bool = False
+    center_obs: bool = False
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
-        root_2 = math.sqrt(2)
         pixels = jnp.moveaxis(obs, 1, -1).astype(jnp.float32) / 255  # flax has channels last
+        if self.center_obs:
+            # All pixels are positive. On a bright background, all weights of a filter get gradients
+            # of one sign; Adam moves them together, and soon the filter is negative on every
+            # screen, so that it never learns again (LeCun et al. 1998, section 4.3).
+            pixels -= pixels.mean((1, 2, 3), keepdims=True)
         if self.arch == "nips":
             x = self.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
             x = self.relu(self.conv(x, 32, kernel_size=4, stride=2))
-            x = self.relu(self.dense(x.reshape(len(x), -1), 256, gain=root_2))
+            hidden_size = 256
         else:
             x = self.relu(self.conv(pixels, 32, kernel_size=8, stride=4))
             x = self.relu(self.conv(x, 64, kernel_size=4, stride=2))
             x = self.relu(self.conv(x, 64, kernel_size=3, stride=1))
-            x = self.relu(self.dense(x.reshape(len(x), -1), 512, gain=root_2))
+            hidden_size = 512
+        x = self.dense(x.reshape(len(x), -1), hidden_size, gain=math.sqrt(2))
+        if self.layer_norm:
+            x = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype)(x)
+        x = self.relu(x)
         logits = self.dense(x, self.num_actions, gain=0.01, name="policy")  # nearly uniform
         values = self.dense(x, 1, gain=1.0, name="value").squeeze(-1)
         return logits.astype(jnp.float32), values.astype(jnp.float32)
@@ -236,7 +248,8 @@ def train(args, make_env):
         jax.config.update("jax_platforms", "cpu")
     device = jax.default_backend()
     envs = WorkerPool(args, make_env)
-    agent = Agent(envs.action_space.n, args.arch, args.init, args.bf16)
+    network = (args.arch, args.init, args.bf16, args.center_obs, args.layer_norm)
+    agent = Agent(envs.action_space.n, *network)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     params = agent.init(init_key, np.zeros((1, 4, 84, 84), np.uint8))
     optimizer = make_optimizer(args)
@@ -821,7 +834,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "hidden_size")  # a resumed run keeps them
+NETWORK_FLAGS = ("arch", "center_obs", "layer_norm", "hidden_size")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 
 def say(text, stream=None):

@@ -42,7 +42,7 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, ga
 
     env = game_class(None)
     torch.manual_seed(3)
-    agent = a3c_atari.Agent(env.action_space.n)
+    agent = a3c_atari.Agent(env.action_space.n, a3c_atari.Args())
     game_seed, network_seed = map(int, np.random.SeedSequence([3, 0, 0]).generate_state(2))
     torch.manual_seed(network_seed)
     obs, _ = env.reset(seed=game_seed)
@@ -82,7 +82,7 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, ga
                 mean_square += 0.01 * (g**2 - mean_square)
                 p -= lr * (1 - 5 * update / 100) * g / (mean_square + eps) ** 0.5
     torch.manual_seed(3)
-    initial = a3c_atari.Agent(env.action_space.n)
+    initial = a3c_atari.Agent(env.action_space.n, a3c_atari.Args())
     for (name, p), q in zip(agent.named_parameters(), checkpoint["agent"].values()):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
     assert all((p - q).abs().max() > 2e-5 for p, q in zip(initial.parameters(), agent.parameters()))
@@ -92,7 +92,7 @@ def test_updates_reach_the_shared_memory():
     """Two actor-learners change the parameters and mean squares that this process sees, each one
     counts its own steps."""
     args = a3c_atari.Args(num_envs=2)
-    agent = a3c_atari.Agent(3)
+    agent = a3c_atari.Agent(3, args)
     optimizer = a3c_atari.RMSpropTF(agent.parameters(), lr=1e-3, eps=1e-5)
     shared = a3c_atari.Shared(agent, optimizer, num_envs=2)
     mean_squares = [state["square_avg"] for state in optimizer.state.values()]

@@ -20,10 +20,14 @@ COMPILED = paac_atari_jax.act, paac_atari_jax.update, paac_atari_jax.compute_val
 def to_jax(agent):
     """The torch network's parameters as flax has them: inputs before outputs; a convolution's
     pixels before its channels."""
-    convs = 2 if len(agent.trunk) == 7 else 3
+    convs = sum(isinstance(layer, torch.nn.Conv2d) for layer in agent.trunk)
     params, names = {}, iter([*["Conv_0", "Conv_1", "Conv_2"][:convs], "Dense_0"])
     for name, layer in agent.named_modules():
         if not hasattr(layer, "weight"):
+            continue
+        if isinstance(layer, torch.nn.LayerNorm):
+            scale, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+            params["LayerNorm_0"] = {"scale": jnp.array(scale), "bias": jnp.array(bias)}
             continue
         weight = layer.weight.detach().contiguous().numpy()
         name = name if name in ("policy", "value") else next(names)
@@ -55,7 +59,13 @@ def test_an_update_equals_torchs(arch, optimizer):
     weights on the same batches."""
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
-    agent, jax_agent = paac_atari.Agent(6, arch, "uniform"), paac_atari_jax.Agent(6, arch)
+    paper = arch == "nature"
+    torch_args = paac_atari.Args(
+        arch=arch, init="uniform", center_obs=not paper, layer_norm=not paper
+    )
+    agent = paac_atari.Agent(6, torch_args)
+    network = {"center_obs": not paper, "layer_norm": not paper}
+    jax_agent = paac_atari_jax.Agent(6, arch, **network)
     params, lr, eps, clip = to_jax(agent), 1e-3, 1e-2, 0.1
     args = paac_atari_jax.Args(optimizer=optimizer, optimizer_epsilon=eps, max_grad_norm=clip)
     jax_optimizer = paac_atari_jax.make_optimizer(args)
@@ -231,6 +241,8 @@ class Reader(paac_atari_jax.nn.Module):
     arch: str
     initial: str
     bf16: bool
+    center_obs: bool
+    layer_norm: bool
 
     @paac_atari_jax.nn.compact
     def __call__(self, obs):

@@ -166,13 +166,18 @@ def test_rmsprop_by_hand():
         ("nature", [8224, 32832, 36928, 1606144, 3078, 513]),
     ],
 )
-def test_network(arch, sizes):
-    """Layers of the papers; the initial policy is nearly uniform; uint8 in any grouping of the
-    games."""
+@pytest.mark.parametrize("paper", [True, False])
+def test_network(arch, sizes, paper):
+    """Layers of the papers, and LayerNorm unless it is to be the papers'; the initial policy is
+    nearly uniform; uint8 in any grouping of the games."""
     torch.manual_seed(0)
-    agent = paac_atari.Agent(6, arch)
-    layers = [m for m in agent.modules() if hasattr(m, "weight")]
-    assert [layer.weight.numel() + layer.bias.numel() for layer in layers] == sizes
+    args = paac_atari.Args(arch=arch, center_obs=not paper, layer_norm=not paper)
+    agent = paac_atari.Agent(6, args)
+    layers = [layer for layer in agent.modules() if hasattr(layer, "weight")]
+    norms = [layer for layer in layers if isinstance(layer, torch.nn.LayerNorm)]
+    assert len(norms) == (0 if paper else 1)
+    numbers = [layer.weight.numel() + layer.bias.numel() for layer in layers if layer not in norms]
+    assert numbers == sizes
     obs = torch.randint(256, (6, 4, 84, 84), dtype=torch.uint8)
     logits, values = agent(obs)
     assert logits.shape == (6, 6) and values.shape == (6,)
@@ -182,11 +187,39 @@ def test_network(arch, sizes):
         torch.testing.assert_close(alone[0], logits[game], rtol=1e-4, atol=1e-6)
 
 
+def hidden_outputs(agent, obs):
+    """What the heads get. The heads' own outputs are too small to compare, as PAAC starts."""
+    outputs = []
+    hook = agent.trunk.register_forward_hook(lambda trunk, inputs, output: outputs.append(output))
+    agent(obs)
+    hook.remove()
+    return outputs[0]
+
+
+@pytest.mark.parametrize("script", TORCH, indirect=True)
+@pytest.mark.parametrize("arch", ["nips", "nature"])
+def test_brightness_and_scale(script, arch):
+    """With center_obs a brighter screen is the same screen; with layer_norm the size of the
+    hidden layer's weights does not matter; without them it does."""
+    obs = torch.randint(200, (6, 4, 84, 84), dtype=torch.uint8)
+    for center_obs, layer_norm in [(True, False), (False, True)]:
+        torch.manual_seed(0)
+        args = script.Args(arch=arch, center_obs=center_obs, layer_norm=layer_norm)
+        agent = script.Agent(6, args)
+        before = hidden_outputs(agent, obs)
+        brighter = hidden_outputs(agent, obs + 50)
+        assert torch.allclose(before, brighter, rtol=1e-3, atol=1e-4) == center_obs
+        hidden = next(layer for layer in agent.trunk if isinstance(layer, torch.nn.Linear))
+        hidden.weight.data *= 3
+        larger = hidden_outputs(agent, obs)
+        assert torch.allclose(before, larger, rtol=1e-3, atol=1e-4) == layer_norm
+
+
 @pytest.mark.parametrize("script", TORCH, indirect=True)
 @pytest.mark.parametrize("arch, layers", [("nips", 3), ("nature", 4)])
 def test_live_units(script, arch, layers):
     """A quarter of each layer's units is dead; then one of them answers to one observation."""
-    agent = script.Agent(6, arch)
+    agent = script.Agent(6, script.Args(arch=arch))
     biased = [layer for layer in agent.trunk if hasattr(layer, "weight")]
     with torch.no_grad():
         for layer in biased:
@@ -208,8 +241,8 @@ def test_live_units(script, arch, layers):
 def test_network_init_by_default(script, arch):
     """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the
     squared gain. Of all scripts."""
-    for name, layer in script.Agent(6, arch).named_modules():
-        if hasattr(layer, "weight"):
+    for name, layer in script.Agent(6, script.Args(arch=arch)).named_modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             gain = {"policy": 0.01, "value": 1.0, "q": 1.0}.get(name, 2**0.5)
             weight = layer.weight.detach().flatten(1)
             weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
@@ -222,8 +255,8 @@ def test_network_init_by_default(script, arch):
 @pytest.mark.parametrize("script", TORCH, indirect=True)
 def test_network_init_of_the_paper(script):
     torch.manual_seed(0)
-    for layer in script.Agent(6, "nips", init="uniform").modules():
-        if hasattr(layer, "weight"):
+    for layer in script.Agent(6, script.Args(init="uniform")).modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             bound = layer.weight[0].numel() ** -0.5
             for p in (layer.weight, layer.bias):
                 assert p.abs().max() <= bound

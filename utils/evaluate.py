@@ -100,7 +100,7 @@ def make_torch_network(checkpoint, script, game, device):
         (obs_size,) = game.observation_space.shape
         agent = script.Agent(obs_size, game.action_space.n, args.hidden_size)
     else:
-        agent = script.Agent(game.action_space.n, args.arch, bf16=getattr(args, "bf16", False))
+        agent = script.Agent(game.action_space.n, args)
     agent.load_state_dict(checkpoint["agent"])
     agent.to(device)
     return lambda obs: agent(torch.as_tensor(obs, device=device))
@@ -113,7 +113,8 @@ def make_jax_network(checkpoint, script, game, device):
     if device.type == "cpu":
         jax.config.update("jax_platforms", "cpu")
     args = checkpoint["args"]
-    agent = script.Agent(game.action_space.n, args.arch, args.init, args.bf16)
+    network = (args.arch, args.init, args.bf16, args.center_obs, args.layer_norm)
+    agent = script.Agent(game.action_space.n, *network)
     forward = jax.jit(agent.apply)
     return lambda obs: [torch.tensor(np.asarray(x)) for x in forward(checkpoint["agent"], obs)]
 
