@@ -1182,10 +1182,10 @@ class RMSpropTF(torch.optim.Optimizer):
 # <<< shared: rmsprop
 # >>> shared: live units
 @torch.no_grad()
-def live_units(agent, obs):
+def live_units(agent, *inputs):
     """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
     for at least one of the observations, by tag. A unit that is positive for none has no gradient,
-    and if that is so for all observations to come, it can never learn again."""
+    and if that is so for all observations to come, it can never learn again. inputs: agent()'s."""
     outputs = []  # of the ReLU layers: (num_envs, units, ...)
 
     def keep(layer, inputs, output):
@@ -1193,7 +1193,7 @@ def live_units(agent, obs):
 
     layers = [layer for layer in agent.modules() if isinstance(layer, nn.ReLU)]
     hooks = [layer.register_forward_hook(keep) for layer in layers]
-    agent(obs)
+    agent(*inputs)
     for hook in hooks:
         hook.remove()
     shares = {}
