@@ -98,8 +98,8 @@ def test_a_script_that_does_not_start_says_why(tmp_path):
 
     args = throughput.Args(env_id="BreakoutNoFrameskip-v4", train_seconds=0)
     with pytest.raises(SystemExit) as stopped:
-        throughput.train_speed(args, "a3c_atari", 2, "nature-bf16")  # which has no --bf16
-    assert "--bf16" in stopped.value.code and "a3c_atari.py" in stopped.value.code
+        throughput.train_speed(args, "a3c_atari", 2, "resnet")
+    assert "--arch" in stopped.value.code and "a3c_atari.py" in stopped.value.code
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,8 @@ def draw(curves, args):
         axis.set_title(env_id)
         axis.set_xlabel(units[args.x])
         axis.set_ylabel("score" if args.tag == "charts/episodic_return" else args.tag)
+        if len(lines) > 10:  # the default has ten colours
+            axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for label, seeds in lines.items():
             draw_line(axis, label, seeds)
         axis.grid(alpha=0.3)
