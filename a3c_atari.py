@@ -403,8 +403,10 @@ class AtariEnv(gym.Env):
     last; rewards are raw points.
 
     Equals gymnasium's AtariPreprocessing and FrameStackObservation bit for bit, but fetches only
-    the screens that are used and resizes only what changed. With terminal_on_life_loss a lost life
-    is `terminated`, but the game goes on: reset it when info["game_over"].
+    the screens that are used, resizes only what changed, and boots once: a restart goes back to
+    that moment, which in 15 of 104 games, or with sticky actions, is not quite a new boot. With
+    terminal_on_life_loss a lost life is `terminated`, but the game goes on: reset it when
+    info["game_over"].
     """
 
     def __init__(self, env_id, frame_skip=4, terminal_on_life_loss=False, render_mode=None):
@@ -418,6 +420,7 @@ class AtariEnv(gym.Env):
         self.action_set = self.ale.getMinimalActionSet()
         self.frame_skip = frame_skip
         self.terminal_on_life_loss = terminal_on_life_loss
+        self.booted = None  # the emulator after reset(seed)
         self.screen = np.zeros(self.ale.getScreenDims(), np.uint8)  # the one that became frames[3]
         self.frames = np.zeros((4, 84, 84), np.uint8)
         self.observation_space = gym.spaces.Box(0, 255, self.frames.shape, np.uint8)
@@ -425,7 +428,12 @@ class AtariEnv(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.atari.reset(seed=seed)  # seeds the emulator (sticky actions) and atari.np_random
+        if seed is not None or self.booted is None:
+            self.atari.reset(seed=seed)  # seeds the emulator (sticky actions) and atari.np_random
+            self.booted = self.ale.cloneState()
+        else:
+            # Booting emulates 68 frames, and all other games would wait for that at each restart.
+            self.ale.restoreState(self.booted)
         for _ in range(self.atari.np_random.integers(1, 31)):  # no-ops: each game starts elsewhere
             self.ale.act(self.action_set[0])
         self.lives = self.ale.lives()
@@ -470,6 +478,7 @@ class AtariEnv(gym.Env):
         self.restore_emulator(emulator)  # because the snapshot is not complete
         return {
             "emulator": emulator,
+            "booted": self.booted.serialize(),
             "np_random": json.dumps(self.atari.np_random.bit_generator.state),
             "lives": self.lives,
             "screen": self.screen.tobytes(),
@@ -479,6 +488,8 @@ class AtariEnv(gym.Env):
     def set_state(self, state):
         """Go on from where a game's get_state() was called -> obs."""
         self.restore_emulator(state["emulator"])
+        if "booted" in state:  # older checkpoints have none
+            self.booted = ale_py.ALEState(state["booted"])
         self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
         self.lives = state["lives"]
         self.screen = np.frombuffer(state["screen"], np.uint8).reshape(self.screen.shape)
