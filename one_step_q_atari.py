@@ -70,7 +70,7 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    center_obs: bool = True  # subtract from each observation its own mean; not in the paper
+    subtract_background: bool = True  # which is the median pixel; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
@@ -92,8 +92,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions, args):
         super().__init__()
-        self.bf16 = args.bf16
-        self.center_obs = args.center_obs
+        self.args = args
         if args.arch == "nips":
             hidden_size = 256
             self.trunk = nn.Sequential(
@@ -129,13 +128,14 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> Q-values (num_envs, num_actions)"""
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.bf16):
             pixels = obs.float() / 255
-            if self.center_obs:
-                # All pixels are positive. On a bright background, all weights of a filter get
-                # gradients of one sign; Adam moves them together, and soon the filter is negative
-                # on every screen, so that it never learns again (LeCun et al. 1998, section 4.3).
-                pixels -= pixels.mean((1, 2, 3), keepdim=True)
+            if self.args.subtract_background:
+                # A bright background gives all weights of a filter gradients of one sign (LeCun et
+                # al. 1998). Adam moves them together, until the filter is negative on every screen
+                # and never learns again. So the background, the newest frame's median, becomes 0.
+                background = pixels[:, -1, ::4, ::4].flatten(start_dim=1).median(dim=1).values
+                pixels -= background.view(-1, 1, 1, 1)
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
             q_values = self.q(hidden)
         return q_values.float()
@@ -789,7 +789,7 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "center_obs", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "subtract_background", "layer_norm", "hidden_size")
 FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 

@@ -69,7 +69,7 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    center_obs: bool = True  # subtract from each observation its own mean; not in the paper
+    subtract_background: bool = True  # which is the median pixel; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
@@ -82,18 +82,18 @@ class Agent(nn.Module):
     arch: str = "nips"
     initial: str = "orthogonal"
     bf16: bool = False
-    center_obs: bool = False
+    subtract_background: bool = False
     layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
         pixels = jnp.moveaxis(obs, 1, -1).astype(jnp.float32) / 255  # flax has channels last
-        if self.center_obs:
-            # All pixels are positive. On a bright background, all weights of a filter get gradients
-            # of one sign; Adam moves them together, and soon the filter is negative on every
-            # screen, so that it never learns again (LeCun et al. 1998, section 4.3).
-            pixels -= pixels.mean((1, 2, 3), keepdims=True)
+        if self.subtract_background:
+            # A bright background gives all weights of a filter gradients of one sign (LeCun et al.
+            # 1998). Adam moves them together, until the filter is negative on every screen and
+            # never learns again. So the background, the newest frame's median, becomes 0.
+            pixels -= jnp.median(pixels[:, ::4, ::4, -1:], axis=(1, 2, 3), keepdims=True)
         if self.arch == "nips":
             x = self.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
             x = self.relu(self.conv(x, 32, kernel_size=4, stride=2))
@@ -248,7 +248,7 @@ def train(args, make_env):
         jax.config.update("jax_platforms", "cpu")
     device = jax.default_backend()
     envs = WorkerPool(args, make_env)
-    network = (args.arch, args.init, args.bf16, args.center_obs, args.layer_norm)
+    network = (args.arch, args.init, args.bf16, args.subtract_background, args.layer_norm)
     agent = Agent(envs.action_space.n, *network)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     params = agent.init(init_key, np.zeros((1, 4, 84, 84), np.uint8))
@@ -845,7 +845,7 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "center_obs", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "subtract_background", "layer_norm", "hidden_size")
 FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 

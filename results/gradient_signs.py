@@ -3,7 +3,7 @@ to it.
 
     python results/gradient_signs.py > results/gradient_signs.md
 
-Trains paac_atari.py without LayerNorm for 100 updates, with and without --center-obs. The
+Trains paac_atari.py without LayerNorm for 100 updates, with and without --subtract-background. The
 background is a patch of the most common pixel. Its answer, of each of the 16 filters, is the sum
 of the filter's weights times the pixel's value, which is between 0 and 1 or, centred, close to 0.
 """
@@ -25,7 +25,7 @@ UPDATES = 100
 GAMES = ["Pong", "Breakout"]
 
 
-def watch(game, center_obs):
+def watch(game, subtract_background):
     """Of a run: the background's value, how far an update moves a filter's answer to it (mean over
     updates and living filters), the share of these moves' weights that agree in sign, and the
     number of filters that live at the end."""
@@ -40,7 +40,7 @@ def watch(game, center_obs):
     def recording_live_units(agent, obs):
         pixels = obs.float() / 255
         background = pixels.flatten().median().item()  # on these games more than half of a screen
-        backgrounds.append(background - center_obs * pixels.mean().item())
+        backgrounds.append(background - subtract_background * pixels.mean().item())
         live_filters.append(16 * live_units(agent, obs)["charts/live_units_1"].item())
         return {}
 
@@ -49,7 +49,7 @@ def watch(game, center_obs):
     paac_atari.say = lambda *line: None
     flags = ["--env-id", f"{game}NoFrameskip-v4", "--seed", "4", "--num-workers", "0"]
     flags += ["--log-interval", "1600", "--no-layer-norm", "--no-anneal-lr"]
-    flags += ["--center-obs" if center_obs else "--no-center-obs"]
+    flags += ["--subtract-background" if subtract_background else "--no-subtract-background"]
     args = paac_atari.parse_args(flags)
     args.total_timesteps = UPDATES * args.num_envs * args.num_steps
     try:
@@ -71,9 +71,9 @@ def main():
     print("|---|---|--:|--:|--:|--:|")
     os.chdir(tempfile.mkdtemp())  # for the run folders
     for game in GAMES:
-        for center_obs in (False, True):
-            background, answer_moves, agreement, alive = watch(game, center_obs)
-            name = "centred" if center_obs else "as they are"
+        for subtract_background in (False, True):
+            background, answer_moves, agreement, alive = watch(game, subtract_background)
+            name = "centred" if subtract_background else "as they are"
             numbers = f"{background:.2f} | {answer_moves:.4f} | {agreement:.2f} | {alive:.0f}"
             print(f"| {game} | {name} | {numbers} |", flush=True)
 

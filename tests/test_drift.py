@@ -21,7 +21,7 @@ BUDGETS = {
     ("one_step_q_atari", "one_step_sarsa_atari"): 50,
     ("paac_atari", "paac_atari_multigpu"): 160,
     ("paac_atari", "paac_atari_jax"): 495,
-    ("paac_atari", "paac"): 255,
+    ("paac_atari", "paac"): 270,
     ("paac_atari", "a3c_atari"): 645,
 }
 FENCE = "\n# PLUMBING"

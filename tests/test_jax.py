@@ -61,10 +61,10 @@ def test_an_update_equals_torchs(arch, optimizer):
     generator = np.random.default_rng(0)
     paper = arch == "nature"
     torch_args = paac_atari.Args(
-        arch=arch, init="uniform", center_obs=not paper, layer_norm=not paper
+        arch=arch, init="uniform", subtract_background=not paper, layer_norm=not paper
     )
     agent = paac_atari.Agent(6, torch_args)
-    network = {"center_obs": not paper, "layer_norm": not paper}
+    network = {"subtract_background": not paper, "layer_norm": not paper}
     jax_agent = paac_atari_jax.Agent(6, arch, **network)
     params, lr, eps, clip = to_jax(agent), 1e-3, 1e-2, 0.1
     args = paac_atari_jax.Args(optimizer=optimizer, optimizer_epsilon=eps, max_grad_norm=clip)
@@ -241,7 +241,7 @@ class Reader(paac_atari_jax.nn.Module):
     arch: str
     initial: str
     bf16: bool
-    center_obs: bool
+    subtract_background: bool
     layer_norm: bool
 
     @paac_atari_jax.nn.compact

@@ -171,7 +171,7 @@ def test_network(arch, sizes, paper):
     """Layers of the papers, and LayerNorm unless it is to be the papers'; the initial policy is
     nearly uniform; uint8 in any grouping of the games."""
     torch.manual_seed(0)
-    args = paac_atari.Args(arch=arch, center_obs=not paper, layer_norm=not paper)
+    args = paac_atari.Args(arch=arch, subtract_background=not paper, layer_norm=not paper)
     agent = paac_atari.Agent(6, args)
     layers = [layer for layer in agent.modules() if hasattr(layer, "weight")]
     norms = [layer for layer in layers if isinstance(layer, torch.nn.LayerNorm)]
@@ -199,16 +199,18 @@ def hidden_outputs(agent, obs):
 @pytest.mark.parametrize("script", TORCH, indirect=True)
 @pytest.mark.parametrize("arch", ["nips", "nature"])
 def test_brightness_and_scale(script, arch):
-    """With center_obs a brighter screen is the same screen; with layer_norm the size of the
-    hidden layer's weights does not matter; without them it does."""
+    """With subtract_background a brighter screen is the same screen; with layer_norm the size of
+    the hidden layer's weights does not matter; without them it does."""
     obs = torch.randint(200, (6, 4, 84, 84), dtype=torch.uint8)
-    for center_obs, layer_norm in [(True, False), (False, True)]:
+    for subtract_background, layer_norm in [(True, False), (False, True)]:
         torch.manual_seed(0)
-        args = script.Args(arch=arch, center_obs=center_obs, layer_norm=layer_norm)
+        args = script.Args(
+            arch=arch, subtract_background=subtract_background, layer_norm=layer_norm
+        )
         agent = script.Agent(6, args)
         before = hidden_outputs(agent, obs)
         brighter = hidden_outputs(agent, obs + 50)
-        assert torch.allclose(before, brighter, rtol=1e-3, atol=1e-4) == center_obs
+        assert torch.allclose(before, brighter, rtol=1e-3, atol=1e-4) == subtract_background
         hidden = next(layer for layer in agent.trunk if isinstance(layer, torch.nn.Linear))
         hidden.weight.data *= 3
         larger = hidden_outputs(agent, obs)
