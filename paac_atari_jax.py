@@ -93,7 +93,7 @@ class Agent(nn.Module):
             # A bright background gives all weights of a filter gradients of one sign (LeCun et al.
             # 1998). Adam moves them together, until the filter is negative on every screen and
             # never learns again. So the background, the newest frame's median, becomes 0.
-            pixels -= jnp.median(pixels[:, ::4, ::4, -1:], axis=(1, 2, 3), keepdims=True)
+            pixels -= median(obs[:, -1, ::4, ::4]).reshape(-1, 1, 1, 1) / 255
         if self.arch == "nips":
             x = self.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
             x = self.relu(self.conv(x, 32, kernel_size=4, stride=2))
@@ -135,6 +135,18 @@ class Agent(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         return {"dtype": dtype, "kernel_init": uniform, "bias_init": uniform}
+
+
+def median(images):
+    """The median of each uint8 image (n, height, width), an odd number of pixels, bit by bit from
+    the highest: on a CPU, XLA's sort, and so jnp.median, takes six times as long as all else that
+    happens to the observations before the first layer."""
+    pixels = images.reshape(len(images), -1)
+    medians = jnp.zeros((len(images), 1), jnp.int32)
+    for bit in (128, 64, 32, 16, 8, 4, 2, 1):
+        num_below = (pixels < medians + bit).sum(axis=1, keepdims=True)
+        medians = jnp.where(num_below <= pixels.shape[1] // 2, medians + bit, medians)
+    return medians
 
 
 @partial(jax.jit, static_argnames="agent")

@@ -3,9 +3,9 @@ to it.
 
     python results/gradient_signs.py > results/gradient_signs.md
 
-Trains paac_atari.py without LayerNorm for 100 updates, with and without --subtract-background. The
-background is a patch of the most common pixel. Its answer, of each of the 16 filters, is the sum
-of the filter's weights times the pixel's value, which is between 0 and 1 or, centred, close to 0.
+Trains paac_atari.py without LayerNorm for 100 updates: with the observations as they are, minus
+their mean, and minus their background (--subtract-background). The background is a patch of the
+most common pixel; a filter's answer to it is the sum of its weights times the pixel's value.
 """
 
 import os
@@ -25,12 +25,24 @@ UPDATES = 100
 GAMES = ["Pong", "Breakout"]
 
 
-def watch(game, subtract_background):
+class MinusMean(nn.Module):
+    def forward(self, pixels):
+        return pixels - pixels.mean((1, 2, 3), keepdim=True)
+
+
+class MeanAgent(paac_atari.Agent):
+    def __init__(self, num_actions, args):
+        super().__init__(num_actions, args)
+        self.trunk.insert(0, MinusMean())
+
+
+def watch(game, variant):
     """Of a run: the background's value, how far an update moves a filter's answer to it (mean over
-    updates and living filters), the share of these moves' weights that agree in sign, and the
+    updates and filters that move), how much the moves of a filter's weights agree in sign, and the
     number of filters that live at the end."""
     weights, live_filters, backgrounds = [], [], []
     clip_grad_norm, live_units = nn.utils.clip_grad_norm_, paac_atari.live_units
+    agent_class = paac_atari.Agent
 
     def recording_clip(parameters, max_norm):
         parameters = list(parameters)
@@ -39,23 +51,28 @@ def watch(game, subtract_background):
 
     def recording_live_units(agent, obs):
         pixels = obs.float() / 255
-        background = pixels.flatten().median().item()  # on these games more than half of a screen
-        backgrounds.append(background - subtract_background * pixels.mean().item())
+        background = pixels.median().item()  # in these games it is more than half of a screen
+        subtracted = {"as they are": 0, "minus their mean": pixels.mean().item()}
+        backgrounds.append(background - subtracted.get(variant, background))
         live_filters.append(16 * live_units(agent, obs)["charts/live_units_1"].item())
         return {}
 
     nn.utils.clip_grad_norm_ = recording_clip
     paac_atari.live_units = recording_live_units
     paac_atari.say = lambda *line: None
+    if variant == "minus their mean":
+        paac_atari.Agent = MeanAgent
     flags = ["--env-id", f"{game}NoFrameskip-v4", "--seed", "4", "--num-workers", "0"]
     flags += ["--log-interval", "1600", "--no-layer-norm", "--no-anneal-lr"]
-    flags += ["--subtract-background" if subtract_background else "--no-subtract-background"]
+    if variant != "minus their background":
+        flags.append("--no-subtract-background")
     args = paac_atari.parse_args(flags)
     args.total_timesteps = UPDATES * args.num_envs * args.num_steps
     try:
         paac_atari.train(args, paac_atari.make_env)
     finally:
         nn.utils.clip_grad_norm_, paac_atari.live_units = clip_grad_norm, live_units
+        paac_atari.Agent = agent_class
     moves = torch.stack(weights).diff(dim=0)  # (UPDATES - 1, 16, 256)
     moves = moves[moves.abs().amax(dim=2) > 1e-4]  # a dead filter hardly moves
     background = np.mean(backgrounds)
@@ -71,11 +88,10 @@ def main():
     print("|---|---|--:|--:|--:|--:|")
     os.chdir(tempfile.mkdtemp())  # for the run folders
     for game in GAMES:
-        for subtract_background in (False, True):
-            background, answer_moves, agreement, alive = watch(game, subtract_background)
-            name = "centred" if subtract_background else "as they are"
+        for variant in ("as they are", "minus their mean", "minus their background"):
+            background, answer_moves, agreement, alive = watch(game, variant)
             numbers = f"{background:.2f} | {answer_moves:.4f} | {agreement:.2f} | {alive:.0f}"
-            print(f"| {game} | {name} | {numbers} |", flush=True)
+            print(f"| {game} | {variant} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":
