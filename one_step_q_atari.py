@@ -1057,7 +1057,7 @@ class Log:
         seconds = now - self.last_point
         scalars = {"charts/SPS": (global_step - self.last_step) / seconds, **scalars}
         for part in self.seconds:
-            scalars[f"time/{part}"] = self.seconds[part] / seconds
+            scalars[f"time/{part}"] = self.seconds[part] / self.seconds.total()
         if episodes:
             scores, lengths = zip(*episodes)
             self.recent_scores.extend(scores)

@@ -33,7 +33,8 @@ def the_run(folder, name):
 def test_two_ranks_equal_one(tmp_path):
     """After 50 updates: one rank is paac_atari.py bit for bit, two differ by rounding alone; the
     games are the same."""
-    flags = ["--total-timesteps", "1000", "--exp-name"]
+    # With the default epsilon Adam makes whole steps of gradients that are rounding alone.
+    flags = ["--optimizer-epsilon", "0.001", "--total-timesteps", "1000", "--exp-name"]
     assert run(command(paac_atari, *FLAGS, *flags, "paac"), tmp_path).returncode == 0
     for ranks in (1, 2):
         result = run(torchrun(ranks, "--", *flags, f"ranks-{ranks}"), tmp_path)
