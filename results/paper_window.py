@@ -9,7 +9,7 @@ curves the window follows: 2.3M steps, about 3,000 games of random play. A rando
 is a quarter as long, so its window is about 0.6M steps.
 """
 
-import csv
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,20 +17,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "utils"))
+import plot
+
 WINDOWS = {"PongNoFrameskip-v4": 2.3e6, "BreakoutNoFrameskip-v4": 0.6e6}  # agent steps
 
 
 def read(path):
     """{game: {label: (steps, scores)}}"""
-    points = defaultdict(lambda: defaultdict(list))
-    with open(ROOT / path) as file:
-        for row in csv.DictReader(file):
-            point = float(row["steps"]), float(row["charts/episodic_return"])
-            points[row["env_id"]][row["label"]].append(point)
-    return {
-        game: {label: np.array(curve).T for label, curve in curves.items()}
-        for game, curves in points.items()
-    }
+    curves = defaultdict(dict)
+    for curve in plot.read_csv(ROOT / path, "charts/episodic_return", "steps"):
+        curves[curve.env_id][curve.label] = (curve.x, curve.y)
+    return curves
 
 
 def through_window(steps, scores, window, step=10_000):
