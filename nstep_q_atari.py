@@ -159,8 +159,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
     0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
-    next_value after the last step.
-    next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
+    next_value, of shape (num_envs,), after the last step. All others: (num_steps, num_envs)."""
     returns = torch.empty_like(rewards)
     next_return = next_value.detach()
     for t in reversed(range(len(rewards))):
@@ -1191,7 +1190,8 @@ class RMSpropTF(torch.optim.Optimizer):
 def live_units(agent, *inputs):
     """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
     for at least one of the observations, by tag. A unit that is positive for none has no gradient,
-    and if that is so for all observations to come, it can never learn again. inputs: agent()'s."""
+    and if that is so for all observations to come, it can never learn again.
+    The inputs are those of agent()."""
     outputs = []  # of the ReLU layers: (num_envs, units, ...)
 
     def keep(layer, inputs, output):

@@ -1185,7 +1185,8 @@ class RMSpropTF(torch.optim.Optimizer):
 def live_units(agent, *inputs):
     """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
     for at least one of the observations, by tag. A unit that is positive for none has no gradient,
-    and if that is so for all observations to come, it can never learn again. inputs: agent()'s."""
+    and if that is so for all observations to come, it can never learn again.
+    The inputs are those of agent()."""
     outputs = []  # of the ReLU layers: (num_envs, units, ...)
 
     def keep(layer, inputs, output):

@@ -138,9 +138,9 @@ class Agent(nn.Module):
 
 
 def median(images):
-    """The median of each uint8 image (n, height, width), an odd number of pixels, bit by bit from
-    the highest: on a CPU, XLA's sort, and so jnp.median, takes six times as long as all else that
-    happens to the observations before the first layer."""
+    """The median of each uint8 image (n, height, width) with an odd number of pixels: (n, 1). It is
+    found bit by bit, from the highest. jnp.median sorts, and on a CPU that takes six times as long
+    as all else that happens to the observations before the first layer."""
     pixels = images.reshape(len(images), -1)
     medians = jnp.zeros((len(images), 1), jnp.int32)
     for bit in (128, 64, 32, 16, 8, 4, 2, 1):
@@ -174,8 +174,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
     """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
     0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game;
-    next_value after the last step.
-    next_value: (num_envs,); all others and the result: (num_steps, num_envs)."""
+    next_value, of shape (num_envs,), after the last step. All others: (num_steps, num_envs)."""
     returns = []
     next_return = next_value
     for t in reversed(range(len(rewards))):
