@@ -642,7 +642,7 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "subtract_background", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "layer_norm", "hidden_size")
 FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 

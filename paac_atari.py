@@ -69,7 +69,7 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    subtract_background: bool = True  # which is the median pixel; not in the paper
+    subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
@@ -124,19 +124,16 @@ class Agent(nn.Module):
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
+        # What all screens have in common is subtracted. It gives all weights of a filter gradients
+        # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # train() keeps it current
         # On a CPU, an update with nips takes half the time in this layout.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.bf16):
-            pixels = obs.float() / 255
-            if self.args.subtract_background:
-                # A bright background gives all weights of a filter gradients of one sign (LeCun et
-                # al. 1998). Adam moves them together, until the filter is negative on every screen
-                # and never learns again. So the background, the newest frame's median, becomes 0.
-                background = pixels[:, -1, ::4, ::4].flatten(start_dim=1).median(dim=1).values
-                pixels -= background.view(-1, 1, 1, 1)
+            pixels = (obs.float() - self.mean_screen) / 255
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
             logits = self.policy(hidden)
             values = self.value(hidden).squeeze(-1)
@@ -299,6 +296,10 @@ def train(args, make_env):
         }
         stop_if_not_finite(scalars, next_step)
         optimizer.step()
+        if args.subtract_mean_screen:
+            rate = max(batch_size / next_step, 0.001)  # of all screens; later, a moving average
+            screen = torch.as_tensor(obs[:, -1], device=device).float().mean(dim=0)
+            agent.mean_screen.lerp_(screen, rate)
         global_step = next_step
         log.book_time("learn")
 
@@ -811,7 +812,7 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "subtract_background", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "layer_norm", "hidden_size")
 FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 

@@ -69,7 +69,7 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    subtract_background: bool = True  # which is the median pixel; not in the paper
+    subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
@@ -82,18 +82,17 @@ class Agent(nn.Module):
     arch: str = "nips"
     initial: str = "orthogonal"
     bf16: bool = False
-    subtract_background: bool = False
     layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
-        pixels = jnp.moveaxis(obs, 1, -1).astype(jnp.float32) / 255  # flax has channels last
-        if self.subtract_background:
-            # A bright background gives all weights of a filter gradients of one sign (LeCun et al.
-            # 1998). Adam moves them together, until the filter is negative on every screen and
-            # never learns again. So the background, the newest frame's median, becomes 0.
-            pixels -= median(obs[:, -1, ::4, ::4]).reshape(-1, 1, 1, 1) / 255
+        # What all screens have in common is subtracted. It gives all weights of a filter gradients
+        # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
+        # No gradient changes the mean screen: train() keeps it current.
+        mean_screen = self.param("mean_screen", nn.initializers.zeros, (84, 84))
+        pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255
+        pixels = jnp.moveaxis(pixels, 1, -1)  # flax has channels last
         if self.arch == "nips":
             x = self.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
             x = self.relu(self.conv(x, 32, kernel_size=4, stride=2))
@@ -135,18 +134,6 @@ class Agent(nn.Module):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         return {"dtype": dtype, "kernel_init": uniform, "bias_init": uniform}
-
-
-def median(images):
-    """The median of each uint8 image (n, height, width) with an odd number of pixels: (n, 1). It is
-    found bit by bit, from the highest. jnp.median sorts, and on a CPU that takes six times as long
-    as all else that happens to the observations before the first layer."""
-    pixels = images.reshape(len(images), -1)
-    medians = jnp.zeros((len(images), 1), jnp.int32)
-    for bit in (128, 64, 32, 16, 8, 4, 2, 1):
-        num_below = (pixels < medians + bit).sum(axis=1, keepdims=True)
-        medians = jnp.where(num_below <= pixels.shape[1] // 2, medians + bit, medians)
-    return medians
 
 
 @partial(jax.jit, static_argnames="agent")
@@ -248,6 +235,14 @@ def update(optimizer, params, opt_state, learning_rate, rollout, next_value, coe
     return params, opt_state, scalars
 
 
+@partial(jax.jit, donate_argnames="params")
+def update_mean_screen(params, obs, rate):
+    newest_frames = obs[:, -1].astype(jnp.float32)
+    mean_screen = params["params"]["mean_screen"]
+    mean_screen += rate * (newest_frames.mean(axis=0) - mean_screen)
+    return {"params": params["params"] | {"mean_screen": mean_screen}}
+
+
 # 2. TRAINING =====================================================================================
 def train(args, make_env):
     """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""
@@ -259,7 +254,7 @@ def train(args, make_env):
         jax.config.update("jax_platforms", "cpu")
     device = jax.default_backend()
     envs = WorkerPool(args, make_env)
-    network = (args.arch, args.init, args.bf16, args.subtract_background, args.layer_norm)
+    network = (args.arch, args.init, args.bf16, args.layer_norm)
     agent = Agent(envs.action_space.n, *network)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     params = agent.init(init_key, np.zeros((1, 4, 84, 84), np.uint8))
@@ -345,6 +340,9 @@ def train(args, make_env):
         )
         explained_variance = scalars.pop("losses/explained_variance")
         stop_if_not_finite(scalars, next_step)
+        if args.subtract_mean_screen:
+            rate = max(batch_size / next_step, 0.001)  # of all screens; later, a moving average
+            params = update_mean_screen(params, obs, rate)
         global_step = next_step
         log.book_time("learn")
 
@@ -856,7 +854,7 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "subtract_background", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "layer_norm", "hidden_size")
 FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
 
 

@@ -4,8 +4,8 @@ to it.
     python results/gradient_signs.py > results/gradient_signs.md
 
 Trains paac_atari.py without LayerNorm for 100 updates: with the observations as they are, minus
-their mean, and minus their background (--subtract-background). The background is a patch of the
-most common pixel; a filter's answer to it is the sum of its weights times the pixel's value.
+each one's own mean, and minus the mean screen (--subtract-mean-screen). The background is a patch
+of the most common pixel; a filter's answer to it is the sum of its weights times the pixel's value.
 """
 
 import os
@@ -50,22 +50,23 @@ def watch(game, variant):
         return clip_grad_norm(parameters, max_norm)
 
     def recording_live_units(agent, obs):
-        pixels = obs.float() / 255
-        background = pixels.median().item()  # in these games it is more than half of a screen
-        subtracted = {"as they are": 0, "minus their mean": pixels.mean().item()}
-        backgrounds.append(background - subtracted.get(variant, background))
+        pixels = (obs.float() - agent.mean_screen) / 255
+        if variant == "minus their own mean":
+            pixels -= pixels.mean()
+        is_background = obs == obs.median()  # in these games it is more than half of a screen
+        backgrounds.append(pixels[is_background].mean().item())
         live_filters.append(16 * live_units(agent, obs)["charts/live_units_1"].item())
         return {}
 
     nn.utils.clip_grad_norm_ = recording_clip
     paac_atari.live_units = recording_live_units
     paac_atari.say = lambda *line: None
-    if variant == "minus their mean":
+    if variant == "minus their own mean":
         paac_atari.Agent = MeanAgent
     flags = ["--env-id", f"{game}NoFrameskip-v4", "--seed", "4", "--num-workers", "0"]
     flags += ["--log-interval", "1600", "--no-layer-norm", "--no-anneal-lr"]
-    if variant != "minus their background":
-        flags.append("--no-subtract-background")
+    if variant != "minus the mean screen":
+        flags.append("--no-subtract-mean-screen")
     args = paac_atari.parse_args(flags)
     args.total_timesteps = UPDATES * args.num_envs * args.num_steps
     try:
@@ -88,7 +89,7 @@ def main():
     print("|---|---|--:|--:|--:|--:|")
     os.chdir(tempfile.mkdtemp())  # for the run folders
     for game in GAMES:
-        for variant in ("as they are", "minus their mean", "minus their background"):
+        for variant in ("as they are", "minus their own mean", "minus the mean screen"):
             background, answer_moves, agreement, alive = watch(game, variant)
             numbers = f"{background:.2f} | {answer_moves:.4f} | {agreement:.2f} | {alive:.0f}"
             print(f"| {game} | {variant} | {numbers} |", flush=True)

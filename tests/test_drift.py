@@ -19,7 +19,7 @@ BUDGETS = {
     ("paac_atari", "nstep_q_atari"): 125,
     ("nstep_q_atari", "one_step_q_atari"): 60,
     ("one_step_q_atari", "one_step_sarsa_atari"): 50,
-    ("paac_atari", "paac_atari_multigpu"): 160,
+    ("paac_atari", "paac_atari_multigpu"): 161,
     ("paac_atari", "paac_atari_jax"): 510,
     ("paac_atari", "paac"): 270,
     ("paac_atari", "a3c_atari"): 645,

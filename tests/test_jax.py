@@ -21,7 +21,8 @@ def to_jax(agent):
     """The torch network's parameters as flax has them: inputs before outputs; a convolution's
     pixels before its channels."""
     convs = sum(isinstance(layer, torch.nn.Conv2d) for layer in agent.trunk)
-    params, names = {}, iter([*["Conv_0", "Conv_1", "Conv_2"][:convs], "Dense_0"])
+    params = {"mean_screen": jnp.array(agent.mean_screen.numpy())}
+    names = iter([*["Conv_0", "Conv_1", "Conv_2"][:convs], "Dense_0"])
     for name, layer in agent.named_modules():
         if not hasattr(layer, "weight"):
             continue
@@ -60,12 +61,10 @@ def test_an_update_equals_torchs(arch, optimizer):
     torch.manual_seed(0)
     generator = np.random.default_rng(0)
     paper = arch == "nature"
-    torch_args = paac_atari.Args(
-        arch=arch, init="uniform", subtract_background=not paper, layer_norm=not paper
-    )
+    torch_args = paac_atari.Args(arch=arch, init="uniform", layer_norm=not paper)
     agent = paac_atari.Agent(6, torch_args)
-    network = {"subtract_background": not paper, "layer_norm": not paper}
-    jax_agent = paac_atari_jax.Agent(6, arch, **network)
+    agent.mean_screen += 0 if paper else torch.rand(84, 84) * 255
+    jax_agent = paac_atari_jax.Agent(6, arch, layer_norm=not paper)
     params, lr, eps, clip = to_jax(agent), 1e-3, 1e-2, 0.1
     args = paac_atari_jax.Args(optimizer=optimizer, optimizer_epsilon=eps, max_grad_norm=clip)
     jax_optimizer = paac_atari_jax.make_optimizer(args)
@@ -156,6 +155,7 @@ def test_network_init(arch, init):
     params = paac_atari_jax.Agent(6, arch, init).init(
         jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8)
     )["params"]
+    assert not params.pop("mean_screen").any()
     for name, layer in params.items():
         weight, bias = (
             np.array(layer["kernel"]).reshape(-1, len(layer["bias"])),
@@ -241,7 +241,6 @@ class Reader(paac_atari_jax.nn.Module):
     arch: str
     initial: str
     bf16: bool
-    subtract_background: bool
     layer_norm: bool
 
     @paac_atari_jax.nn.compact
@@ -255,6 +254,7 @@ def test_rollout_reaches_the_update_unmixed(recorded, monkeypatch):
     """As test_paac.py's: values, rewards, ends and the values after them belong together."""
     monkeypatch.setattr(paac_atari_jax, "Agent", Reader)
     flags = ["--num-workers", "0", "--total-timesteps", "240", "--learning-rate", "0"]
+    flags.append("--no-subtract-mean-screen")  # Reader has none
     _, updates = recorded(*flags, make_env=Scripted)
     assert len(updates) == 12
     games = scripted_steps(4)

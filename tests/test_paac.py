@@ -171,7 +171,7 @@ def test_network(arch, sizes, paper):
     """Layers of the papers, and LayerNorm unless it is to be the papers'; the initial policy is
     nearly uniform; uint8 in any grouping of the games."""
     torch.manual_seed(0)
-    args = paac_atari.Args(arch=arch, subtract_background=not paper, layer_norm=not paper)
+    args = paac_atari.Args(arch=arch, layer_norm=not paper)
     agent = paac_atari.Agent(6, args)
     layers = [layer for layer in agent.modules() if hasattr(layer, "weight")]
     norms = [layer for layer in layers if isinstance(layer, torch.nn.LayerNorm)]
@@ -198,19 +198,21 @@ def hidden_outputs(agent, obs):
 
 @pytest.mark.parametrize("script", TORCH, indirect=True)
 @pytest.mark.parametrize("arch", ["nips", "nature"])
-def test_brightness_and_scale(script, arch):
-    """With subtract_background a brighter screen is the same screen; with layer_norm the size of
-    the hidden layer's weights does not matter; without them it does."""
+def test_mean_screen_and_scale(script, arch):
+    """What is added to all screens and to their mean does not matter; with layer_norm the size of
+    the hidden layer's weights does not matter either, without it it does."""
     obs = torch.randint(200, (6, 4, 84, 84), dtype=torch.uint8)
-    for subtract_background, layer_norm in [(True, False), (False, True)]:
+    background = torch.randint(56, (84, 84), dtype=torch.uint8)
+    for layer_norm in (True, False):
         torch.manual_seed(0)
-        args = script.Args(
-            arch=arch, subtract_background=subtract_background, layer_norm=layer_norm
-        )
-        agent = script.Agent(6, args)
+        agent = script.Agent(6, script.Args(arch=arch, layer_norm=layer_norm))
         before = hidden_outputs(agent, obs)
-        brighter = hidden_outputs(agent, obs + 50)
-        assert torch.allclose(before, brighter, rtol=1e-3, atol=1e-4) == subtract_background
+        brighter = hidden_outputs(agent, obs + background)
+        assert not torch.allclose(before, brighter, rtol=1e-3, atol=1e-4)
+        agent.mean_screen += background
+        same = hidden_outputs(agent, obs + background)
+        torch.testing.assert_close(before, same, rtol=1e-3, atol=1e-4)
+        agent.mean_screen.zero_()
         hidden = next(layer for layer in agent.trunk if isinstance(layer, torch.nn.Linear))
         hidden.weight.data *= 3
         larger = hidden_outputs(agent, obs)
@@ -301,6 +303,7 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
     monkeypatch.setattr(Scripted, "created", 0)
     monkeypatch.chdir(tmp_path)
     flags = f"--num-workers 0 --num-steps {num_steps} --total-timesteps 240 --learning-rate 0"
+    flags += " --no-subtract-mean-screen"  # Reader has none
     args = paac_atari.parse_args([*small(paac_atari), *flags.split()])
     paac_atari.train(args, Scripted)
 

@@ -139,10 +139,9 @@ def recorded(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def train(*flags):
-        script.train(
-            script.parse_args([*small(script), "--num-workers", "0", "--num-steps", "5", *flags]),
-            Scripted,
-        )
+        flags = ["--num-workers", "0", "--num-steps", "5", *flags]
+        flags.append("--no-subtract-mean-screen")  # Reader has none
+        script.train(script.parse_args([*small(script), *flags]), Scripted)
         return rollouts, epsilons
 
     return train

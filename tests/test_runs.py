@@ -16,6 +16,7 @@ import sys
 import time
 import types
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from conftest import (
     train,
 )
 from flax.serialization import msgpack_restore, msgpack_serialize
+from games import Scripted, scripted_steps
 
 
 @pytest.fixture(autouse=True)
@@ -845,12 +847,30 @@ def test_runs_copied_alone_into_an_empty_folder(script, tmp_path):
     assert load(run_dir)["global_step"] in reached(script, 80)
 
 
+@pytest.mark.parametrize("script", each(SYNCHRONOUS), indirect=True)
+@pytest.mark.parametrize("subtract", [True, False])
+def test_mean_screen_is_that_of_all_updates(script, subtract, monkeypatch, tmp_path):
+    """Scripted's pixels are known numbers. The newest frames after each of 12 updates count."""
+    monkeypatch.setattr(Scripted, "created", 0)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--num-workers", 0, "--num-steps", 5, "--total-timesteps", 240]
+    if not subtract:
+        flags.append("--no-subtract-mean-screen")
+    train(script, *flags, make_env=Scripted)
+    games = scripted_steps(4)
+    shown = [list(islice(games, 5))[-1][-1] for update in range(12)]
+    agent = load(only_run(tmp_path))["agent"]
+    mean_screen = np.asarray(agent.get("params", agent)["mean_screen"])
+    assert mean_screen.shape == (84, 84)
+    np.testing.assert_allclose(mean_screen, np.mean(shown) if subtract else 0, rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_runs_with_the_other_settings(script, tmp_path):
     """The other network, initial weights, optimizer and number format, where it has them."""
     flags = ["--arch", "nature", "--init", "uniform", "--total-timesteps", 100]
-    flags += ["--bf16", "--no-subtract-background", "--no-layer-norm"]
+    flags += ["--bf16", "--no-layer-norm"]
     if script.__name__ != "a3c_atari":  # which has RMSProp and nothing else
         flags += ["--optimizer", "rmsprop"]
     train(script, *flags)

@@ -113,7 +113,7 @@ def make_jax_network(checkpoint, script, game, device):
     if device.type == "cpu":
         jax.config.update("jax_platforms", "cpu")
     args = checkpoint["args"]
-    network = (args.arch, args.init, args.bf16, args.subtract_background, args.layer_norm)
+    network = (args.arch, args.init, args.bf16, args.layer_norm)
     agent = script.Agent(game.action_space.n, *network)
     forward = jax.jit(agent.apply)
     return lambda obs: [torch.tensor(np.asarray(x)) for x in forward(checkpoint["agent"], obs)]
