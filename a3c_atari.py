@@ -117,7 +117,7 @@ class Agent(nn.Module):
             init_orthogonal(self.value, gain=1.0)
         # What all screens have in common is subtracted. It gives all weights of a filter gradients
         # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # train() keeps it current
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
         # On a CPU, an update with nips takes half the time in this layout.
         self.to(memory_format=torch.channels_last)
 

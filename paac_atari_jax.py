@@ -89,7 +89,7 @@ class Agent(nn.Module):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
         # What all screens have in common is subtracted. It gives all weights of a filter gradients
         # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
-        # No gradient changes the mean screen: train() keeps it current.
+        # The mean screen has no gradient: update_mean_screen() moves it.
         mean_screen = self.param("mean_screen", nn.initializers.zeros, (84, 84))
         pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255
         pixels = jnp.moveaxis(pixels, 1, -1)  # flax has channels last
@@ -237,6 +237,7 @@ def update(optimizer, params, opt_state, learning_rate, rollout, next_value, coe
 
 @partial(jax.jit, donate_argnames="params")
 def update_mean_screen(params, obs, rate):
+    """params with the mean screen moved towards the mean of the newest frames. obs: as act()'s"""
     newest_frames = obs[:, -1].astype(jnp.float32)
     mean_screen = params["params"]["mean_screen"]
     mean_screen += rate * (newest_frames.mean(axis=0) - mean_screen)
@@ -341,7 +342,7 @@ def train(args, make_env):
         explained_variance = scalars.pop("losses/explained_variance")
         stop_if_not_finite(scalars, next_step)
         if args.subtract_mean_screen:
-            rate = max(batch_size / next_step, 0.001)  # of all screens; later, a moving average
+            rate = max(batch_size / next_step, 0.001)  # at first the mean of all screens
             params = update_mean_screen(params, obs, rate)
         global_step = next_step
         log.book_time("learn")

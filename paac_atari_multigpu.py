@@ -127,7 +127,7 @@ class Agent(nn.Module):
             init_orthogonal(self.value, gain=1.0)
         # What all screens have in common is subtracted. It gives all weights of a filter gradients
         # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # train() keeps it current
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
         # On a CPU, an update with nips takes half the time in this layout.
         self.to(memory_format=torch.channels_last)
 
@@ -331,7 +331,7 @@ def train(args, make_env):
         stop_if_not_finite(scalars, next_step)
         optimizer.step()
         if args.subtract_mean_screen:
-            rate = max(batch_size / next_step, 0.001)  # of all screens; later, a moving average
+            rate = max(batch_size / next_step, 0.001)  # at first the mean of all screens
             screen = torch.as_tensor(obs[:, -1], device=device).float().mean(dim=0)
             average_over_ranks([screen])
             agent.mean_screen.lerp_(screen, rate)
