@@ -83,7 +83,8 @@ def test_one_actor_learner_equals_a_sequential_program(tmp_path, monkeypatch, ga
                 p -= lr * (1 - 5 * update / 100) * g / (mean_square + eps) ** 0.5
     torch.manual_seed(3)
     initial = a3c_atari.Agent(env.action_space.n, a3c_atari.Args())
-    for (name, p), q in zip(agent.named_parameters(), checkpoint["agent"].values()):
+    for name, p in agent.state_dict().items():
+        q = checkpoint["agent"][name]
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=name)
     assert all((p - q).abs().max() > 2e-5 for p, q in zip(initial.parameters(), agent.parameters()))
 
