@@ -858,7 +858,7 @@ def test_mean_screen_is_that_of_all_updates(script, monkeypatch, tmp_path):
     monkeypatch.setattr(Scripted, "created", 0)
     monkeypatch.chdir(tmp_path)
     flags = ["--num-workers", 0, "--num-steps", 5, "--total-timesteps", 240]
-    train(script, *flags, make_env=Scripted)
+    train(script, *flags, "--subtract-mean-screen", make_env=Scripted)
     games = scripted_steps(4)
     shown = [list(islice(games, 5))[-1][-1] for update in range(12)]
     mean_screen = saved_mean_screen(load(only_run(tmp_path)))
