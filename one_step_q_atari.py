@@ -123,8 +123,7 @@ class Agent(nn.Module):
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.q, gain=1.0)
-        # What all screens have in common is subtracted. It gives all weights of a filter gradients
-        # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
+        # What all screens share makes Adam move a filter's weights together, until the filter dies.
         self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
         # On a CPU, an update with nips takes half the time in this layout.
         self.to(memory_format=torch.channels_last)
@@ -132,7 +131,7 @@ class Agent(nn.Module):
     def forward(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> Q-values (num_envs, num_actions)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.bf16):
-            pixels = (obs.float() - self.mean_screen) / 255
+            pixels = (obs.float() - self.mean_screen) / 255  # centred: LeCun et al. 1998
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
             q_values = self.q(hidden)
         return q_values.float()
@@ -272,7 +271,7 @@ def train(args, make_env):
         stop_if_not_finite(scalars, next_step)
         optimizer.step()
         if args.subtract_mean_screen:
-            rate = max(batch_size / next_step, 0.001)  # at first the mean of all screens
+            rate = max(batch_size / next_step, 0.001)  # 1 / updates so far, at first
             screen = torch.as_tensor(obs[:, -1], device=device).float().mean(dim=0)
             agent.mean_screen.lerp_(screen, rate)
         if is_due(args.target_interval, global_step, next_step):

@@ -87,11 +87,10 @@ class Agent(nn.Module):
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
-        # What all screens have in common is subtracted. It gives all weights of a filter gradients
-        # of one sign (LeCun et al. 1998): Adam moves them together, until no screen excites it.
+        # What all screens share makes Adam move a filter's weights together, until the filter dies.
         # The mean screen has no gradient: update_mean_screen() moves it.
         mean_screen = self.param("mean_screen", nn.initializers.zeros, (84, 84))
-        pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255
+        pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255  # centred: LeCun et al. 1998
         pixels = jnp.moveaxis(pixels, 1, -1)  # flax has channels last
         if self.arch == "nips":
             x = self.relu(self.conv(pixels, 16, kernel_size=8, stride=4))
@@ -342,7 +341,7 @@ def train(args, make_env):
         explained_variance = scalars.pop("losses/explained_variance")
         stop_if_not_finite(scalars, next_step)
         if args.subtract_mean_screen:
-            rate = max(batch_size / next_step, 0.001)  # at first the mean of all screens
+            rate = max(batch_size / next_step, 0.001)  # 1 / updates so far, at first
             params = update_mean_screen(params, obs, rate)
         global_step = next_step
         log.book_time("learn")

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import paac_atari
 
-GAMES = "Amidar BeamRider Boxing Breakout Centipede MsPacman NameThisGame Pong Qbert Seaquest"
-GAMES += " SpaceInvaders UpNDown"
+GAMES = ["Amidar", "BeamRider", "Boxing", "Breakout", "Centipede", "MsPacman", "NameThisGame"]
+GAMES += ["Pong", "Qbert", "Seaquest", "SpaceInvaders", "UpNDown"]
 SEEDS = range(3)
 
 
@@ -65,19 +65,18 @@ def measure(obs, num_actions, seed):
 
 def main():
     torch.set_num_threads(1)
-    rows = []
-    for game in GAMES.split():
+    for game in GAMES:
         obs, num_actions = play(f"{game}NoFrameskip-v4")
-        row = [game]
-        for shown in variants(obs).values():
-            numbers = [measure(shown, num_actions, seed) for seed in SEEDS]
+        shown = variants(obs)
+        if game == GAMES[0]:
+            print("| game | " + " | ".join(shown) + " |")
+            print("|---|" + "--:|" * len(shown))
+        cells = []
+        for variant in shown.values():
+            numbers = [measure(variant, num_actions, seed) for seed in SEEDS]
             variance, switches = np.mean(numbers, axis=0)
-            row.append(f"{variance:.3f}, {switches:.0%}")
-        rows.append(row)
-    print("| game | " + " | ".join(variants(obs)) + " |")
-    print("|---|" + "--:|" * 4)
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+            cells.append(f"{variance:.3f}, {switches:.0%}")
+        print(f"| {game} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

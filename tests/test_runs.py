@@ -860,7 +860,10 @@ def test_mean_screen_is_that_of_all_updates(script, monkeypatch, tmp_path):
     flags = ["--num-workers", 0, "--num-steps", 5, "--total-timesteps", 240]
     train(script, *flags, "--subtract-mean-screen", make_env=Scripted)
     games = scripted_steps(4)
-    shown = [list(islice(games, 5))[-1][-1] for update in range(12)]
+    shown = []
+    for _ in range(12):
+        steps = list(islice(games, 5))
+        shown.append(steps[-1][-1])  # the numbers on the observations after the last step
     mean_screen = saved_mean_screen(load(only_run(tmp_path)))
     assert mean_screen.shape == (84, 84)
     np.testing.assert_allclose(mean_screen, np.mean(shown), rtol=1e-5)
