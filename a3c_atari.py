@@ -113,12 +113,14 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
+            if args.layer_norm:
+                # LayerNorm hides the size of these weights; Adam turns larger ones more slowly.
+                init_orthogonal(self.trunk[-3], gain=4.5)
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
         # What all screens share makes Adam move a filter's weights together, until the filter dies.
         self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
-        # On a CPU, an update with nips takes half the time in this layout.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
@@ -174,8 +176,6 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 
 
 # <<< shared: returns
-
-
 # 2. TRAINING =====================================================================================
 LOSSES = (  # tags of what an actor-learner reports of its last update
     "charts/learning_rate",

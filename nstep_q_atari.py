@@ -125,8 +125,7 @@ class Agent(nn.Module):
             init_orthogonal(self.q, gain=1.0)
         # What all screens share makes Adam move a filter's weights together, until the filter dies.
         self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
-        # On a CPU, an update with nips takes half the time in this layout.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> Q-values (num_envs, num_actions)"""
@@ -176,8 +175,6 @@ def make_optimizer(agent, args):
 
 
 # <<< shared: optimizer
-
-
 # 2. TRAINING =====================================================================================
 def train(args, make_env):
     """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""

@@ -157,8 +157,6 @@ def make_optimizer(agent, args):
 
 
 # <<< shared: optimizer
-
-
 # 2. TRAINING =====================================================================================
 def train(args, make_env):
     """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""

@@ -62,7 +62,7 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    ent_coef: float = 0.01  # weight of the entropy, beta
+    ent_coef: float | None = None  # weight of the entropy, beta; None: 0.04 / number of actions
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
@@ -122,12 +122,14 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
+            if args.layer_norm:
+                # LayerNorm hides the size of these weights; Adam turns larger ones more slowly.
+                init_orthogonal(self.trunk[-3], gain=4.5)
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
         # What all screens share makes Adam move a filter's weights together, until the filter dies.
         self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
-        # On a CPU, an update with nips takes half the time in this layout.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
@@ -192,8 +194,6 @@ def make_optimizer(agent, args):
 
 
 # <<< shared: optimizer
-
-
 # 2. TRAINING =====================================================================================
 def train(args, make_env):
     """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""
@@ -202,6 +202,7 @@ def train(args, make_env):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = WorkerPool(args, make_env)
+    ent_coef = 0.04 / envs.action_space.n if args.ent_coef is None else args.ent_coef
     agent = Agent(envs.action_space.n, args).to(device)
     optimizer = make_optimizer(agent, args)
 
@@ -282,7 +283,7 @@ def train(args, make_env):
 
         # LOSS AND STEP
         loss, policy_loss, value_loss, entropy = compute_loss(
-            logits, values, actions, returns, args.ent_coef, args.vf_coef
+            logits, values, actions, returns, ent_coef, args.vf_coef
         )
         optimizer.zero_grad()
         loss.backward()

@@ -62,7 +62,7 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    ent_coef: float = 0.01  # weight of the entropy, beta
+    ent_coef: float | None = None  # weight of the entropy, beta; None: 0.04 / number of actions
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
@@ -101,7 +101,9 @@ class Agent(nn.Module):
             x = self.relu(self.conv(x, 64, kernel_size=4, stride=2))
             x = self.relu(self.conv(x, 64, kernel_size=3, stride=1))
             hidden_size = 512
-        x = self.dense(x.reshape(len(x), -1), hidden_size, gain=math.sqrt(2))
+        # LayerNorm hides the size of these weights; Adam turns larger ones more slowly.
+        gain = 4.5 if self.layer_norm else math.sqrt(2)
+        x = self.dense(x.reshape(len(x), -1), hidden_size, gain)
         if self.layer_norm:
             x = nn.LayerNorm(epsilon=1e-5, dtype=x.dtype)(x)
         x = self.relu(x)
@@ -255,6 +257,7 @@ def train(args, make_env):
     device = jax.default_backend()
     envs = WorkerPool(args, make_env)
     network = (args.arch, args.init, args.bf16, args.layer_norm)
+    ent_coef = 0.04 / envs.action_space.n if args.ent_coef is None else args.ent_coef
     agent = Agent(envs.action_space.n, *network)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     params = agent.init(init_key, np.zeros((1, 4, 84, 84), np.uint8))
@@ -334,7 +337,7 @@ def train(args, make_env):
             "final_values": final_values,
         }
         next_value = compute_values(agent, params, obs)
-        coefficients = (args.gamma, args.ent_coef, args.vf_coef)
+        coefficients = (args.gamma, ent_coef, args.vf_coef)
         params, opt_state, scalars = update(
             optimizer, params, opt_state, learning_rate, rollout, next_value, coefficients
         )

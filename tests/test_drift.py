@@ -16,13 +16,13 @@ import sync_shared
 DEVELOPMENT = (ROOT / "docs" / "development.md").read_text()
 # The most lines of `diff A B`, removed and added.
 BUDGETS = {
-    ("paac_atari", "nstep_q_atari"): 125,
+    ("paac_atari", "nstep_q_atari"): 130,
     ("nstep_q_atari", "one_step_q_atari"): 60,
     ("one_step_q_atari", "one_step_sarsa_atari"): 50,
-    ("paac_atari", "paac_atari_multigpu"): 161,
+    ("paac_atari", "paac_atari_multigpu"): 165,
     ("paac_atari", "paac_atari_jax"): 510,
     ("paac_atari", "paac"): 270,
-    ("paac_atari", "a3c_atari"): 645,
+    ("paac_atari", "a3c_atari"): 650,
 }
 FENCE = "\n# PLUMBING"
 

@@ -142,27 +142,29 @@ def test_an_update_equals_torchs(arch, optimizer):
 
 
 @pytest.mark.parametrize(
-    "arch, init",
+    "arch, init, layer_norm",
     [
-        ("nips", "orthogonal"),
-        ("nature", "uniform"),
-        pytest.param("nips", "uniform", marks=pytest.mark.slow),
-        pytest.param("nature", "orthogonal", marks=pytest.mark.slow),
+        ("nips", "orthogonal", True),
+        ("nature", "uniform", True),
+        pytest.param("nips", "uniform", False, marks=pytest.mark.slow),
+        pytest.param("nature", "orthogonal", False, marks=pytest.mark.slow),
     ],
 )
-def test_network_init(arch, init):
+def test_network_init(arch, init, layer_norm):
     """As the torch script's: orthogonal with its gains, or U(+-1/sqrt(fan_in)), biases too."""
-    params = paac_atari_jax.Agent(6, arch, init).init(
-        jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8)
-    )["params"]
+    agent = paac_atari_jax.Agent(6, arch, init, layer_norm=layer_norm)
+    params = agent.init(jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))["params"]
     assert not params.pop("mean_screen").any()
+    params.pop("LayerNorm_0", None)
     for name, layer in params.items():
         weight, bias = (
             np.array(layer["kernel"]).reshape(-1, len(layer["bias"])),
             np.array(layer["bias"]),
         )
         if init == "orthogonal":
-            gain = {"policy": 0.01, "value": 1.0}.get(name, 2**0.5)
+            hidden_gain = 4.5 if layer_norm else 2**0.5
+            gains = {"policy": 0.01, "value": 1.0, "Dense_0": hidden_gain}
+            gain = gains.get(name, 2**0.5)
             gram = weight.T @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.T
             np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), atol=1e-5)
             assert not bias.any()
@@ -259,7 +261,7 @@ def test_rollout_reaches_the_update_unmixed(recorded, monkeypatch):
     assert len(updates) == 12
     games = scripted_steps(4)
     for rollout, next_value, coefficients in updates:
-        np.testing.assert_allclose(coefficients, (0.99, 0.01, 0.5))
+        np.testing.assert_allclose(coefficients, (0.99, 0.04 / 2, 0.5))  # two actions
         steps = list(islice(games, 5))
         for t, (shown, last_shown, over, cut, _) in enumerate(steps):
             rewards = np.where(rollout["actions"][t] == 1, 3.0, -0.5)

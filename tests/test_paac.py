@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, small
+from conftest import Q_SCRIPTS, SCRIPTS, small
 from games import Scripted, scripted_steps
 
 import paac_atari
@@ -241,18 +241,20 @@ def test_live_units(script, arch, layers):
 
 
 @pytest.mark.parametrize("script", TORCH, indirect=True)
-@pytest.mark.parametrize("arch", ["nips", "nature"])
-def test_network_init_by_default(script, arch):
-    """Orthogonal: W W' or, where the layer is wider than deep, W' W is the identity times the
-    squared gain. Of all scripts."""
-    for name, layer in script.Agent(6, script.Args(arch=arch)).named_modules():
+@pytest.mark.parametrize("arch, hidden", [("nips", "trunk.5"), ("nature", "trunk.7")])
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_network_init_by_default(script, arch, hidden, layer_norm):
+    """Orthogonal: divided by the gain, W W' or, where the layer is wider than deep, W' W is
+    the identity. Of all scripts."""
+    is_larger = layer_norm and script.__name__ not in Q_SCRIPTS
+    gains = {"policy": 0.01, "value": 1.0, "q": 1.0, hidden: 4.5 if is_larger else 2**0.5}
+    agent = script.Agent(6, script.Args(arch=arch, layer_norm=layer_norm))
+    for name, layer in agent.named_modules():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
-            gain = {"policy": 0.01, "value": 1.0, "q": 1.0}.get(name, 2**0.5)
-            weight = layer.weight.detach().flatten(1)
+            gain = gains.get(name, 2**0.5)
+            weight = layer.weight.detach().flatten(1) / gain
             weight = weight if weight.shape[0] <= weight.shape[1] else weight.T
-            torch.testing.assert_close(
-                weight @ weight.T, gain**2 * torch.eye(len(weight)), rtol=0, atol=1e-5
-            )
+            torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
             assert not layer.bias.any()
 
 
@@ -293,7 +295,7 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
         return paac_compute_returns(*inputs)
 
     def compute_loss(logits, values, actions, returns, *coefficients):
-        rollouts[-1] += [values.detach().clone(), actions.clone(), returns.clone()]
+        rollouts[-1] += [values.detach().clone(), actions.clone(), returns.clone(), coefficients]
         return paac_compute_loss(logits, values, actions, returns, *coefficients)
 
     paac_compute_returns, paac_compute_loss = paac_atari.compute_returns, paac_atari.compute_loss
@@ -304,6 +306,8 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
     monkeypatch.chdir(tmp_path)
     flags = f"--num-workers 0 --num-steps {num_steps} --total-timesteps 240 --learning-rate 0"
     flags += " --no-subtract-mean-screen"  # Reader has none
+    if num_steps == 4:
+        flags += " --ent-coef 0.03"
     args = paac_atari.parse_args([*small(paac_atari), *flags.split()])
     paac_atari.train(args, Scripted)
 
@@ -319,8 +323,10 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
         values,
         actions,
         returns,
+        coefficients,
     ) in rollouts:
         assert gamma == 0.99
+        assert coefficients == (0.04 / 2 if num_steps == 5 else 0.03, 0.5)  # two actions, or typed
         steps = list(islice(games, num_steps))
         for t, (shown, last_shown, over, cut, _) in enumerate(steps):
             np.testing.assert_array_equal(values[t], shown)

@@ -277,7 +277,6 @@ def test_resume_auto_and_longer(script, tmp_path, capsys):
     assert "--gamma 7.0: must lie" in error
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_resume_takes_the_checkpoint_file_for_its_folder(script, tmp_path):
     train(script, "--total-timesteps", 20)
     run_dir = only_run(tmp_path)
@@ -299,7 +298,6 @@ def test_runs_started_at_the_same_time_have_folders_of_their_own(script, tmp_pat
     assert rates == [1e-3, 2e-3, 3e-3]
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_a_run_in_use_is_not_resumed(script, tmp_path, capsys):
     """And not even read before the other process has written its last checkpoint. When that process
     ends, however it does, the lock is gone."""
@@ -335,7 +333,7 @@ def test_a_run_in_use_is_not_resumed(script, tmp_path, capsys):
         pytest.param("a3c_atari", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGHUP, marks=pytest.mark.slow),
-        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in SCRIPTS[1:]),
+        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in DISTINCT[1:]),
     ],
     indirect=["script"],
 )
@@ -377,7 +375,6 @@ def test_signal_while_the_workers_start_is_not_lost(script, tmp_path, monkeypatc
     assert load(only_run(tmp_path))["global_step"] < 200
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_second_signal_stops_at_once(start):
     r = start("--step-timeout", "1000")
     r.wait_for_output(" steps/s")
@@ -480,7 +477,6 @@ def test_many_games_have_time_to_start(monkeypatch):
     assert envs.start_timeout == 60 + 512 and envs.step_timeout == 60
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_mistyped_game_from_the_command_line(script, tmp_path):
     result = run(command(script, "--env-id", "Breakou"), tmp_path)
     assert result.returncode == 2
@@ -529,7 +525,6 @@ class Malicious:
         return os.mkdir, ("executed",)
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 @pytest.mark.parametrize("kind", ["truncated", "one bit", "empty", "foreign", "partial", "pickled"])
 def test_bad_checkpoint_gets_one_line(script, tmp_path, capsys, kind):
     path = tmp_path / script.CHECKPOINT
@@ -616,7 +611,6 @@ def test_resume_auto_takes_names_as_they_are(script, tmp_path, name):
     assert script.parse_args(["--exp-name", "v1", "--resume", "auto"]).resume is None
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_a_run_of_an_older_version_resumes(script, tmp_path, capsys):
     """With the network and the optimizer; what was kept in another form starts anew, which is said.
     So does all but the network of an exported agent, into a run folder of its own."""
@@ -659,7 +653,6 @@ def test_killed_worker_is_replaced(script, start, tmp_path):
     assert load(only_run(tmp_path))["global_step"] in reached(script, 1000)
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_stuck_worker_is_replaced(start, tmp_path):
     r = start("--step-timeout", "2")
     r.wait_for_output(" steps/s")
@@ -677,7 +670,6 @@ def test_stuck_worker_is_replaced(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_gives_up_when_workers_keep_dying(start, tmp_path):
     r = start("--checkpoint-interval", "100", "--step-timeout", "20")
     wait_for(lambda: any(map(checkpoint_file, tmp_path.glob("runs/*"))))
@@ -703,7 +695,6 @@ def test_not_a_number_stops_before_it_spreads(script, tmp_path):
     assert checkpoint_file(run_dir).read_bytes() == before
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 @pytest.mark.parametrize("interval", [1, 10**6])
 def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monkeypatch, interval):
     """The update that spoils them has finite losses: only the parameters tell, be it at the last
@@ -719,7 +710,6 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", DISTINCT, indirect=True)
 def test_full_disk_is_a_warning(script, tmp_path):
     train(script, "--total-timesteps", 100)
     run_dir = only_run(tmp_path)
@@ -738,7 +728,6 @@ def test_full_disk_is_a_warning(script, tmp_path):
     assert checkpoint_file(run_dir).read_bytes() == before
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_unwritable_folder_is_a_warning(script, tmp_path, capsys):
     (tmp_path / "runs").write_text("not a folder")
     train(script, "--total-timesteps", 80)
@@ -793,7 +782,6 @@ def test_warning_that_cannot_be_written_either(script, tmp_path):
     assert ended_at(script, 80, result.stdout), result.stdout
 
 
-@pytest.mark.parametrize("script", each(DISTINCT), indirect=True)
 def test_nothing_survives_a_killed_learner(start):
     r = start()
     r.wait_for_output(" steps/s")
@@ -812,7 +800,11 @@ def test_nothing_survives_a_killed_learner(start):
 # learning, and being copied -----------------------------------------------------------------------
 
 
+# Without one-step Q, which lies between n-step Q and Sarsa (test_drift.py) and takes minutes.
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", [name for name in SCRIPTS if name != "one_step_q_atari"], indirect=True
+)
 def test_learns_a_small_image_game(script, tmp_path):
     """Catch at 84 x 84: random play scores -0.7, the optimum is 1, with 2 % random actions about
     0.97. A3C's entropy bonus keeps it at 0.88 to 0.94 (five seeds); with a tenth of it a run can
