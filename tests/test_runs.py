@@ -810,11 +810,13 @@ def test_learns_a_small_image_game(script, tmp_path):
     0.97. A3C's entropy bonus keeps it at 0.88 to 0.94 (five seeds); with a tenth of it a run can
     settle on half of the balls for good."""
     is_a3c = script.__name__ == "a3c_atari"
-    flags = ["--num-envs", 4] if is_a3c else ["--no-anneal-lr"]
-    flags += ["--total-timesteps", 100_000 if script.__name__ in Q_SCRIPTS else 80_000]
-    if script.__name__ in Q_SCRIPTS:
-        flags += ["--exploration-steps", 20_000, "--final-epsilons", 0.02]
-        flags += ["--target-interval", 1000]
+    if is_a3c:
+        flags = ["--num-envs", 4, "--total-timesteps", 80_000]
+    elif script.__name__ in Q_SCRIPTS:
+        flags = ["--no-anneal-lr", "--total-timesteps", 100_000, "--exploration-steps", 20_000]
+        flags += ["--final-epsilons", 0.02, "--target-interval", 1000]
+    else:
+        flags = ["--no-anneal-lr", "--total-timesteps", 60_000]
     games = [sys.executable, ROOT / "tests" / "games.py", script.__name__]
     result = run([*games, *flags], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
