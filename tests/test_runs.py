@@ -816,7 +816,7 @@ def test_learns_a_small_image_game(script, tmp_path):
         flags = ["--no-anneal-lr", "--total-timesteps", 100_000, "--exploration-steps", 20_000]
         flags += ["--final-epsilons", 0.02, "--target-interval", 1000]
     else:
-        flags = ["--no-anneal-lr", "--total-timesteps", 60_000]
+        flags = ["--no-anneal-lr", "--total-timesteps", 70_000]
     games = [sys.executable, ROOT / "tests" / "games.py", script.__name__]
     result = run([*games, *flags], tmp_path, timeout=600)
     assert result.returncode == 0, result.stderr
