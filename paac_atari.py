@@ -122,8 +122,7 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:
-                # LayerNorm hides the size of these weights; Adam turns larger ones more slowly.
+            if args.layer_norm:  # it hides these weights' size; Adam turns larger ones more slowly
                 init_orthogonal(self.trunk[-3], gain=4.5)
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)

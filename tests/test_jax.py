@@ -156,14 +156,13 @@ def test_network_init(arch, init, layer_norm):
     params = agent.init(jax.random.key(0), np.zeros((1, 4, 84, 84), np.uint8))["params"]
     assert not params.pop("mean_screen").any()
     params.pop("LayerNorm_0", None)
+    gains = {"policy": 0.01, "value": 1.0, "Dense_0": 4.5 if layer_norm else 2**0.5}
     for name, layer in params.items():
         weight, bias = (
             np.array(layer["kernel"]).reshape(-1, len(layer["bias"])),
             np.array(layer["bias"]),
         )
         if init == "orthogonal":
-            hidden_gain = 4.5 if layer_norm else 2**0.5
-            gains = {"policy": 0.01, "value": 1.0, "Dense_0": hidden_gain}
             gain = gains.get(name, 2**0.5)
             gram = weight.T @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.T
             np.testing.assert_allclose(gram, gain**2 * np.eye(len(gram)), atol=1e-5)

@@ -252,6 +252,7 @@ def test_number_of_workers_changes_nothing(script, tmp_path):
             assert_same(checkpoints[0][part], checkpoint[part], part)
 
 
+@pytest.mark.parametrize("script", each(SCRIPTS), indirect=True)
 def test_resume_auto_and_longer(script, tmp_path, capsys):
     """auto starts a run or resumes the one of the same arguments; flags typed with --resume replace
     the run's."""
@@ -333,7 +334,7 @@ def test_a_run_in_use_is_not_resumed(script, tmp_path, capsys):
         pytest.param("a3c_atari", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGHUP, marks=pytest.mark.slow),
-        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in DISTINCT[1:]),
+        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in SCRIPTS[1:]),
     ],
     indirect=["script"],
 )
@@ -361,6 +362,7 @@ def test_nohup_survives_its_terminal(script, tmp_path):
     assert load(only_run(tmp_path))["global_step"] in reached(script, 4000)
 
 
+@pytest.mark.parametrize("script", each(SCRIPTS), indirect=True)
 def test_signal_while_the_workers_start_is_not_lost(script, tmp_path, monkeypatch):
     start = multiprocessing.forkserver.ensure_running
 
@@ -684,6 +686,7 @@ def test_gives_up_when_workers_keep_dying(start, tmp_path):
     assert load(only_run(tmp_path))["global_step"] >= 100
 
 
+@pytest.mark.parametrize("script", each(SCRIPTS), indirect=True)
 def test_not_a_number_stops_before_it_spreads(script, tmp_path):
     train(script, "--total-timesteps", 100)
     run_dir = only_run(tmp_path)
