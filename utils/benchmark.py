@@ -48,6 +48,8 @@ PUBLISHED = {  # column: (file, column of the file)
     "A2C, 10M": ("atari_scores.csv", "a2c_10Msteps_ppo_paper"),
     "A2C (SB2 zoo), 10M": ("a2c_zoo.csv", "sb2_zoo"),
     "A2C (SB3 zoo), 10M": ("a2c_zoo.csv", "sb3_zoo"),
+    "PPO (CleanRL), 10M": ("cleanrl.csv", "ppo"),
+    "PQN (CleanRL), 10M": ("cleanrl.csv", "pqn"),
     "PAAC nips, 115M": ("paac_table1.csv", "paac_arch_nips"),
     "PAAC nature, 115M": ("paac_table1.csv", "paac_arch_nature"),
     "A3C, 4 days, human starts": ("paac_table1.csv", "a3c_ff"),

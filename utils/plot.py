@@ -15,6 +15,7 @@ seeds have points. A point is the mean score of the games that ended since the p
 
 import csv
 import logging
+import math
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
@@ -191,10 +192,14 @@ def draw(curves, args):
     panels = defaultdict(lambda: defaultdict(list))  # of each game and label, the seeds
     for curve in curves:
         panels[curve.env_id][curve.label].append(curve)
-    size = (6 * len(panels), 4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    rows = math.ceil(len(panels) / 4)
+    columns = math.ceil(len(panels) / rows)
+    size = (6 * columns, 4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     units = {"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}
-    for axis, (env_id, lines) in zip(axes[0], panels.items()):
+    for axis, (env_id, lines) in zip(axes.flat, panels.items()):
         axis.set_title(env_id)
         axis.set_xlabel(units[args.x])
         axis.set_ylabel("score" if args.tag == "charts/episodic_return" else args.tag)
