@@ -19,6 +19,8 @@ class Catch(gym.Env):
     """A ball falls 6 rows; the paddle below moves left, stays or moves right by one of 7 columns.
     +1 caught, -1 missed."""
 
+    first_row = 0
+
     def __init__(self, args):
         self.observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
         self.action_space = gym.spaces.Discrete(3)
@@ -27,7 +29,7 @@ class Catch(gym.Env):
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.generator = np.random.default_rng(seed)
-        self.row = 0
+        self.row = self.first_row
         self.ball = int(self.generator.integers(7))
         self.paddle = 3
         self.frames[:] = self.draw()
@@ -49,6 +51,13 @@ class Catch(gym.Env):
         self.frames[:3] = self.frames[1:]
         self.frames[3] = self.draw()
         return self.frames.copy(), reward, is_over, False, {}
+
+
+class ShortCatch(Catch):
+    """The ball falls 3 rows, just enough for the paddle to reach any column. It is learned in about
+    half as many steps."""
+
+    first_row = 3
 
 
 class Scripted(gym.Env):

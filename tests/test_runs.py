@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import (
     DISTINCT,
+    PROCESSES,
     Q_SCRIPTS,
     ROOT,
     SCRIPTS,
@@ -38,7 +39,7 @@ from conftest import (
     train,
 )
 from flax.serialization import msgpack_restore, msgpack_serialize
-from games import Scripted, scripted_steps
+from games import Scripted, ShortCatch, scripted_steps
 
 
 @pytest.fixture(autouse=True)
@@ -351,7 +352,7 @@ def test_signal_to_the_group_stops_with_a_checkpoint(start, tmp_path, signum):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["paac_atari", "a3c_atari"], indirect=True)
+@pytest.mark.parametrize("script", ["paac_atari"], indirect=True)
 def test_nohup_survives_its_terminal(script, tmp_path):
     cmd = ["nohup", *command(script, *small(script), "--total-timesteps", "4000")]
     with open("log.txt", "w") as log:
@@ -377,6 +378,7 @@ def test_signal_while_the_workers_start_is_not_lost(script, tmp_path, monkeypatc
     assert load(only_run(tmp_path))["global_step"] < 200
 
 
+@pytest.mark.parametrize("script", each(PROCESSES), indirect=True)
 def test_second_signal_stops_at_once(start):
     r = start("--step-timeout", "1000")
     r.wait_for_output(" steps/s")
@@ -655,6 +657,7 @@ def test_killed_worker_is_replaced(script, start, tmp_path):
     assert load(only_run(tmp_path))["global_step"] in reached(script, 1000)
 
 
+@pytest.mark.parametrize("script", each(PROCESSES), indirect=True)
 def test_stuck_worker_is_replaced(start, tmp_path):
     r = start("--step-timeout", "2")
     r.wait_for_output(" steps/s")
@@ -716,6 +719,7 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monke
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", PROCESSES, indirect=True)
 def test_full_disk_is_a_warning(script, tmp_path):
     train(script, "--total-timesteps", 100)
     run_dir = only_run(tmp_path)
@@ -760,7 +764,6 @@ STREAMS = {
         ("paac_atari", "a reader that ends"),
         ("paac_atari", "neither output nor errors"),
         *(pytest.param("paac_atari", name, marks=pytest.mark.slow) for name in list(STREAMS)[2:]),
-        pytest.param("paac_atari_jax", "nothing at all", marks=pytest.mark.slow),
         pytest.param("a3c_atari", "a full disk for both", marks=pytest.mark.slow),
     ],
     indirect=["script"],
@@ -812,23 +815,20 @@ def test_nothing_survives_a_killed_learner(start):
     "script", [name for name in SCRIPTS if name != "one_step_q_atari"], indirect=True
 )
 def test_learns_a_small_image_game(script, tmp_path):
-    """Catch at 84 x 84: random play scores -0.7, the optimum is 1, with 2 % random actions about
-    0.97. A3C's entropy bonus keeps it at 0.88 to 0.94 (five seeds); with a tenth of it a run can
-    settle on half of the balls for good."""
+    """Random play scores -0.7, the optimum is 1, with 2 % random actions about 0.97. A3C's entropy
+    bonus keeps it below 0.95; with a tenth of it a run can settle on half of the balls for good."""
     is_a3c = script.__name__ == "a3c_atari"
     if is_a3c:
-        flags = ["--num-envs", 4, "--total-timesteps", 80_000]
-    elif script.__name__ in Q_SCRIPTS:
-        flags = ["--no-anneal-lr", "--total-timesteps", 100_000, "--exploration-steps", 20_000]
-        flags += ["--final-epsilons", 0.02, "--target-interval", 1000]
+        flags = ["--num-envs", 4, "--total-timesteps", 25_000]
     else:
-        flags = ["--no-anneal-lr", "--total-timesteps", 70_000]
-    games = [sys.executable, ROOT / "tests" / "games.py", script.__name__]
-    result = run([*games, *flags], tmp_path, timeout=600)
-    assert result.returncode == 0, result.stderr
+        flags = ["--num-envs", 32, "--no-anneal-lr", "--total-timesteps", 30_000]
+    if script.__name__ in Q_SCRIPTS:
+        flags += ["--exploration-steps", 10_000]
+        flags += ["--final-epsilons", 0.02, "--target-interval", 1000]
+    train(script, *flags, "--log-interval", 2500, make_env=ShortCatch)
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]
     assert scores[0][1] < -0.5
-    assert np.mean([score for _, score in scores[-2:]]) > (0.8 if is_a3c else 0.9), result.stdout
+    assert np.mean([score for _, score in scores[-2:]]) > (0.8 if is_a3c else 0.9)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
