@@ -87,12 +87,14 @@ def main():
             if column in others:
                 compared[column] += 1
                 ahead[column] += score >= others[column]
-    counts = [f"{ahead[column]} of {compared[column]}" for column in COLUMNS]
+    counts = []
+    for column in COLUMNS:
+        counts.append(f"{ahead[column]} of {compared[column]}" if compared[column] else "")
     lines.append(" | ".join(["ours is ahead, or level", "", "", "", "", "", *counts]))
     table = "".join(f"| {line} |\n" for line in lines)
 
     by_game = [np.mean(values) for values in normalised.values()]
-    summary = f"Human-normalised, {len(by_game)} games: median {np.median(by_game):.0f} %"
+    summary = f"Games: {len(by_game)} of 12. Human-normalised: median {np.median(by_game):.0f} %"
     summary += f", interquartile mean {interquartile_mean(np.array(by_game)):.0f} %"
     if by_game and min(map(len, normalised.values())) >= 3:
         low, high = bootstrap(np.array([values[:3] for values in normalised.values()]))
