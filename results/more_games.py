@@ -1,15 +1,17 @@
-"""Do more games in parallel cost data? Mnih et al. 2016 report that n-step methods need as many
-steps with 16 actor-learners as with one, and that one-step methods need fewer. Here an update takes
-its batch from all games, so that more games mean larger and fewer updates.
+"""Do more games in parallel cost data? Mnih et al. 2016 report that n-step methods need about as
+many steps with 16 actor-learners as with one, and that one-step methods need fewer. Here an update
+takes its batch from all games, so that more games mean larger and fewer updates.
 
     python results/more_games.py    # one core; the same command goes on with what is missing
 
 The scripts play Catch (tests/games.py) with 1 to 32 games, all else the same, until the mean of the
 last 100 games is 0.8 (a random player scores -0.7, the best 1), or for 100,000 steps. Writes
-more_games.csv, with no steps where 0.8 was not reached, and more_games.png.
+more_games.csv, without a number of steps where 0.8 was not reached, and more_games.png, without the
+points at which one of the seeds did not reach it.
 """
 
 import csv
+import importlib
 import itertools
 import re
 import signal
@@ -25,13 +27,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 RESULTS = Path(__file__).resolve().parent
+ROOT = RESULTS.parent
+sys.path.insert(0, str(ROOT))  # where the scripts are
 TABLE = RESULTS / "more_games.csv"
-NUM_STEPS = {  # per game and update
-    "paac_atari": 5,
-    "nstep_q_atari": 5,
-    "one_step_q_atari": 1,
-    "one_step_sarsa_atari": 1,
-}
+SCRIPTS = ["paac_atari", "nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 NUM_ENVS = [1, 2, 4, 8, 16, 32]
 SEEDS = [1, 2, 3]
 MOST_STEPS = 100_000
@@ -39,7 +38,7 @@ MOST_STEPS = 100_000
 
 def steps_until_learned(script, num_envs, seed):
     """Agent steps, or None if the run came to its end before."""
-    command = [sys.executable, RESULTS.parent / "tests" / "games.py", script, "--seed", seed]
+    command = [sys.executable, ROOT / "tests" / "games.py", script, "--seed", seed]
     command += ["--num-envs", num_envs, "--num-workers", 0, "--no-anneal-lr"]
     command += ["--total-timesteps", MOST_STEPS, "--log-interval", 1000]
     if script != "paac_atari":
@@ -79,24 +78,32 @@ def write(results):
             writer.writerow([*key, "" if steps is None else steps])
 
 
+def draw_line(axis, num_envs, values, label):
+    """The mean over the seeds, and their range. num_envs: (points, 1), values: (points, seeds)."""
+    (line,) = axis.plot(num_envs[:, 0], values.mean(axis=1), marker="o", label=label)
+    shade = {"color": line.get_color(), "alpha": 0.2, "linewidth": 0}
+    axis.fill_between(num_envs[:, 0], values.min(axis=1), values.max(axis=1), **shade)
+
+
 def draw(results):
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    for script, num_steps in NUM_STEPS.items():
-        num_envs, steps, updates = [], [], []
+    figure, (steps_axis, updates_axis) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    for script in SCRIPTS:
+        num_envs, steps = [], []
         for number in NUM_ENVS:
             seeds = [results.get((script, number, seed)) for seed in SEEDS]
             if None not in seeds:
-                num_envs.append(number)
+                num_envs.append([number])
                 steps.append(seeds)
-                updates.append(np.array(seeds) / (number * num_steps))
-        if not num_envs:
-            continue
-        for axis, values in zip(axes, (np.array(steps), np.array(updates))):
-            (line,) = axis.plot(num_envs, values.mean(axis=1), marker="o", label=script)
-            low, high = values.min(axis=1), values.max(axis=1)
-            axis.fill_between(num_envs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    for axis, what in zip(axes, ("agent steps", "updates")):
-        axis.set(xscale="log", yscale="log", xlabel="games", ylabel=f"{what} until 0.8 on Catch")
+        if steps:
+            num_envs = np.array(num_envs)
+            steps = np.array(steps)
+            num_steps = importlib.import_module(script).Args.num_steps  # per game and update
+            draw_line(steps_axis, num_envs, steps, script)
+            draw_line(updates_axis, num_envs, steps / (num_envs * num_steps), script)
+    steps_axis.set_ylabel("agent steps until 0.8 on Catch")
+    updates_axis.set_ylabel("updates until 0.8 on Catch")
+    for axis in (steps_axis, updates_axis):
+        axis.set(xscale="log", yscale="log", xlabel="games")
         axis.set_xticks(NUM_ENVS, NUM_ENVS)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -107,7 +114,7 @@ def draw(results):
 def main():
     results = read()
     # Seed 1 of everything first
-    for seed, script, num_envs in itertools.product(SEEDS, NUM_STEPS, reversed(NUM_ENVS)):
+    for seed, script, num_envs in itertools.product(SEEDS, SCRIPTS, reversed(NUM_ENVS)):
         if (script, num_envs, seed) not in results:
             steps = steps_until_learned(script, num_envs, seed)
             print(script, num_envs, "games, seed", seed, "steps:", steps, flush=True)

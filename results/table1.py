@@ -29,7 +29,8 @@ COLUMNS = [name for name in PUBLISHED if name not in ("random", "human")]
 def read_scores():
     """{game: [mean score over the 30 games of each seed]}, and the same of the standard errors over
     these games."""
-    means, errors = defaultdict(list), defaultdict(list)
+    means = defaultdict(list)
+    errors = defaultdict(list)
     for path in sorted(RESULTS.glob("table1_*.json")):
         evaluation = json.loads(path.read_text())
         if evaluation["global_step"] != STEPS or evaluation["policy"] != "sampled":
@@ -64,43 +65,58 @@ def show(value):
     return f"{value:z,.{digits}f}"
 
 
+def describe(game, means, errors):
+    """The cells of a row in front of the published scores. means, errors: of each seed."""
+    error = errors[0]  # of one seed's 30 games; of several seeds, their spread counts
+    if len(means) > 1:
+        error = np.std(means, ddof=1) / len(means) ** 0.5
+    normalised = human_normalised(f"{game}NoFrameskip-v4", np.mean(means))
+    score = f"**{show(np.mean(means))}** +- {show(error)}"
+    return [game, str(len(means)), score, f"{normalised:,.0f}"]
+
+
+def count_ahead(means, others, column):
+    """On how many of the games for which the column has a score ours is at least as high."""
+    games = [game for game in means if column in others[game]]
+    if not games:
+        return ""
+    ahead = [np.mean(means[game]) >= others[game][column] for game in games]
+    return f"{sum(ahead)} of {len(games)}"
+
+
+def summarise(means):
+    """One line about the human-normalised scores of all games."""
+    normalised = []  # of each game, those of its seeds
+    for game in means:
+        env_id = f"{game}NoFrameskip-v4"
+        normalised.append([human_normalised(env_id, mean) for mean in means[game]])
+    by_game = np.array([np.mean(seeds) for seeds in normalised])
+    line = f"Games: {len(by_game)} of {len(GAMES)}. Human-normalised: median "
+    line += f"{np.median(by_game):.0f} %, interquartile mean {interquartile_mean(by_game):.0f} %"
+    if min(map(len, normalised)) >= 3:
+        low, high = bootstrap(np.array([seeds[:3] for seeds in normalised]))
+        line += f" (95 % of a bootstrap over 3 seeds: {low:.0f} to {high:.0f} %)"
+    return f"{line}."
+
+
 def main():
     gym.register_envs(ale_py)
     means, errors = read_scores()
-    header = ["game", "seeds", "ours, 10M", "human-normalised %", *PUBLISHED]
-    lines = [" | ".join(header), "|".join([":--", *["--:"] * (len(header) - 1)])]
-    ahead, compared = dict.fromkeys(COLUMNS, 0), dict.fromkeys(COLUMNS, 0)
-    normalised = {}  # game: [of each seed]
+    if not means:
+        sys.exit(f"there is no {RESULTS}/table1_*.json")
+    others = {game: published(f"{game}NoFrameskip-v4") for game in means}
+    rows = [["game", "seeds", "ours, 10M", "human-normalised %", *PUBLISHED]]
+    rows.append([":--", *["--:"] * (len(rows[0]) - 1)])
     for game in GAMES:
-        if game not in means:
-            continue
-        env_id = f"{game}NoFrameskip-v4"
-        score = np.mean(means[game])
-        seeds = len(means[game])
-        error = np.std(means[game], ddof=1) / seeds**0.5 if seeds > 1 else errors[game][0]
-        normalised[game] = [human_normalised(env_id, mean) for mean in means[game]]
-        others = published(env_id)
-        row = [game, str(seeds), f"**{show(score)}** +- {show(error)}"]
-        row += [f"{np.mean(normalised[game]):,.0f}"]
-        lines.append(" | ".join(row + [show(others.get(column)) for column in PUBLISHED]))
-        for column in COLUMNS:
-            if column in others:
-                compared[column] += 1
-                ahead[column] += score >= others[column]
-    counts = []
-    for column in COLUMNS:
-        counts.append(f"{ahead[column]} of {compared[column]}" if compared[column] else "")
-    lines.append(" | ".join(["ours is ahead, or level", "", "", "", "", "", *counts]))
-    table = "".join(f"| {line} |\n" for line in lines)
-
-    by_game = [np.mean(values) for values in normalised.values()]
-    summary = f"Games: {len(by_game)} of 12. Human-normalised: median {np.median(by_game):.0f} %"
-    summary += f", interquartile mean {interquartile_mean(np.array(by_game)):.0f} %"
-    if by_game and min(map(len, normalised.values())) >= 3:
-        low, high = bootstrap(np.array([values[:3] for values in normalised.values()]))
-        summary += f" (95 % of a bootstrap over 3 seeds: {low:.0f} to {high:.0f} %)"
-    (RESULTS / "table1.md").write_text(f"{table}\n{summary}.\n")
-    print(f"{table}\n{summary}.")
+        if game in means:
+            scores = [show(others[game].get(column)) for column in PUBLISHED]
+            rows.append([*describe(game, means[game], errors[game]), *scores])
+    counts = [count_ahead(means, others, column) for column in COLUMNS]
+    rows.append(["ours is ahead, or level", "", "", "", "", "", *counts])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    text = f"{table}\n{summarise(means)}\n"
+    (RESULTS / "table1.md").write_text(text)
+    print(text, end="")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]  # paac.py: see test_gym.py
 # Below the fence the Q scripts are paac_atari.py, letter for letter (test_drift.py): what is long
 # and happens there alone is tried with these.
 DISTINCT = ["paac_atari", "paac_atari_jax", "a3c_atari"]
-# And the JAX script's text is the same in what handles signals, files and lost workers.
-PROCESSES = ["paac_atari", "a3c_atari"]
+# The same holds for the JAX script in what handles signals, files and lost workers: what is long
+# and about those alone is tried with these.
+DISTINCT_PROCESSES = ["paac_atari", "a3c_atari"]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "utils")]
 
 

@@ -54,8 +54,8 @@ class Catch(gym.Env):
 
 
 class ShortCatch(Catch):
-    """The ball falls 3 rows, just enough for the paddle to reach any column. It is learned in about
-    half as many steps."""
+    """The ball falls 3 rows, just enough for the paddle to reach any column. It is learned in less
+    than half as many steps."""
 
     first_row = 3
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from conftest import (
     DISTINCT,
-    PROCESSES,
+    DISTINCT_PROCESSES,
     Q_SCRIPTS,
     ROOT,
     SCRIPTS,
@@ -378,7 +378,7 @@ def test_signal_while_the_workers_start_is_not_lost(script, tmp_path, monkeypatc
     assert load(only_run(tmp_path))["global_step"] < 200
 
 
-@pytest.mark.parametrize("script", each(PROCESSES), indirect=True)
+@pytest.mark.parametrize("script", each(DISTINCT_PROCESSES), indirect=True)
 def test_second_signal_stops_at_once(start):
     r = start("--step-timeout", "1000")
     r.wait_for_output(" steps/s")
@@ -657,7 +657,7 @@ def test_killed_worker_is_replaced(script, start, tmp_path):
     assert load(only_run(tmp_path))["global_step"] in reached(script, 1000)
 
 
-@pytest.mark.parametrize("script", each(PROCESSES), indirect=True)
+@pytest.mark.parametrize("script", each(DISTINCT_PROCESSES), indirect=True)
 def test_stuck_worker_is_replaced(start, tmp_path):
     r = start("--step-timeout", "2")
     r.wait_for_output(" steps/s")
@@ -719,7 +719,7 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", PROCESSES, indirect=True)
+@pytest.mark.parametrize("script", DISTINCT_PROCESSES, indirect=True)
 def test_full_disk_is_a_warning(script, tmp_path):
     train(script, "--total-timesteps", 100)
     run_dir = only_run(tmp_path)
@@ -815,16 +815,17 @@ def test_nothing_survives_a_killed_learner(start):
     "script", [name for name in SCRIPTS if name != "one_step_q_atari"], indirect=True
 )
 def test_learns_a_small_image_game(script, tmp_path):
-    """Random play scores -0.7, the optimum is 1, with 2 % random actions about 0.97. A3C's entropy
-    bonus keeps it below 0.95; with a tenth of it a run can settle on half of the balls for good."""
+    """Random play scores -0.7, the optimum is 1, with 2 % random actions about 0.97. A3C, whose
+    course depends on the machine, had 0.94 and 0.96 after as many steps; with a tenth of its
+    entropy bonus a run can settle on half of the balls for good."""
     is_a3c = script.__name__ == "a3c_atari"
     if is_a3c:
         flags = ["--num-envs", 4, "--total-timesteps", 25_000]
     else:
         flags = ["--num-envs", 32, "--no-anneal-lr", "--total-timesteps", 30_000]
     if script.__name__ in Q_SCRIPTS:
-        flags += ["--exploration-steps", 10_000]
-        flags += ["--final-epsilons", 0.02, "--target-interval", 1000]
+        flags += ["--exploration-steps", 10_000, "--final-epsilons", 0.02]
+        flags += ["--target-interval", 1000]
     train(script, *flags, "--log-interval", 2500, make_env=ShortCatch)
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]
     assert scores[0][1] < -0.5

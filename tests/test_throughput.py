@@ -3,7 +3,6 @@
 import json
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
@@ -88,16 +87,16 @@ def test_all_parts(tmp_path):
 def test_sweep_of_a_script_without_a_time_split(tmp_path, monkeypatch):
     import throughput
 
-    out = str(tmp_path / "throughput")
-    args = throughput.Args(parts=["sweep"], scripts=["a3c_atari"], sweep=[2], rounds=1, out=out)
-    args.train_seconds = 1
+    flags = {"parts": ["sweep"], "scripts": ["a3c_atari"], "sweep": [2]}
+    flags |= {"rounds": 1, "train_seconds": 1, "out": str(tmp_path / "throughput")}
+    args = throughput.Args(**flags)
     speed, split = throughput.train_speed(args, "a3c_atari", 2, "nips")
     assert speed > 0 and split == {}
     monkeypatch.setattr(throughput, "train_speed", lambda *_: (speed, split))
     throughput.main(args)
-    report = json.loads(Path(f"{out}.json").read_text())
+    report = json.loads((tmp_path / "throughput.json").read_text())
     assert [row["split"] for row in report["sweep"]] == [{}, {}]
-    assert Path(f"{out}.png").stat().st_size > 10_000
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
 
 
 def test_a_script_that_does_not_start_says_why(tmp_path):

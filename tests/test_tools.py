@@ -50,7 +50,10 @@ def test_evaluate(script, tmp_path):
     human = 100 * (scores["mean"] - 1.7) / (30.5 - 1.7)
     assert scores["human_normalised_percent"] == pytest.approx(human)
     assert all(length > 80 for length in scores["lengths"])  # whole games of five lives
-    assert load(tmp_path / "exported").keys() == {"script", "args", "global_step", "agent"}
+    weights = load(tmp_path / "exported")
+    assert weights.keys() == {"script", "args", "global_step", "agent"}
+    if exported.endswith(".pt"):
+        assert {p.dtype for p in weights["agent"].values()} == {torch.bfloat16}
     assert Path("b/video.mp4").stat().st_size > 10_000
     assert evaluate.evaluate(evaluate.Args(exported, episodes=1))["episodes"] == 1
 

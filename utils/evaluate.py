@@ -254,8 +254,7 @@ def evaluate(args):
         weights = {key: checkpoint[key] for key in ("script", "args", "global_step", "agent")}
         weights["args"] = asdict(run_args)
         if path.suffix == ".pt":  # load_state_dict() makes float32 of it again
-            halves = {name: tensor.bfloat16() for name, tensor in weights["agent"].items()}
-            weights["agent"] = halves
+            weights["agent"] = {name: p.bfloat16() for name, p in checkpoint["agent"].items()}
         Path(args.export).write_bytes(script.serialize(weights))
     if args.video:
         if hasattr(script, "AtariEnv"):

@@ -196,7 +196,7 @@ def draw(curves, args):
     columns = math.ceil(len(panels) / rows)
     size = (6 * columns, 4 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(panels) :]:  # the last row may have more places than games
         axis.remove()
     units = {"steps": "agent steps", "frames": "emulator frames", "hours": "hours"}
     for axis, (env_id, lines) in zip(axes.flat, panels.items()):
