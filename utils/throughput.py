@@ -5,13 +5,14 @@
     python utils/throughput.py --sb3-python /tmp/sb3/bin/python  # beside stable-baselines3
     python utils/throughput.py --parts training --networks nips --scripts paac_atari nstep_q_atari
 
-Three parts. games: the same games with random actions through four pipelines, in agent steps/s.
-training: the scripts at --num-envs with each of --networks. sweep: training over the number of
-games with the time split of the PAAC paper's Figure 2. Prints tables, writes throughput.json and,
-of the sweep, throughput.png. Run it on an otherwise idle machine.
+Three parts. games: the same games with random actions through four pipelines (five if envpool is
+installed), in agent steps/s. training: the scripts at --num-envs with each of --networks. sweep:
+training over the number of games with the time split of the PAAC paper's Figure 2. Prints tables,
+writes throughput.json and, of the sweep, throughput.png. Run it on an otherwise idle machine.
 """
 
 import importlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -157,6 +158,16 @@ def game_pipelines(args):
             generator.integers(num_actions, size=n)
         ),
     }
+    if importlib.util.find_spec("envpool"):
+        import envpool
+
+        name = "".join(word.capitalize() for word in game.split("_"))  # breakout: Breakout-v5
+        settings = {"num_envs": n, "num_threads": workers, "env_type": "gymnasium"}
+        pool = envpool.make(f"{name}-v5", **settings)
+        pool.reset()
+        pipelines[f"envpool (C++), {workers} threads"] = lambda: pool.step(
+            generator.integers(num_actions, size=n)
+        )
     return pipelines, emulator, close
 
 
