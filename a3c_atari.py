@@ -22,6 +22,7 @@ starts the actor-learners, watches them and keeps the log. Below, all but sectio
     python a3c_atari.py --resume runs/NAME            # resumes; the games start anew
 """
 
+import copy
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -722,6 +723,7 @@ RANGES = {
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
+    "q_lambda": (0, 1),
     "max_grad_norm": (1e-12, 10**12),
     "optimizer_epsilon": (1e-12, 10**12),
     "final_epsilons": (0, 1),
@@ -966,7 +968,6 @@ def choose_num_workers(args):
 
 
 # >>> shared: torch
-import copy
 import io
 import zipfile
 

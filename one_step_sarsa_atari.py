@@ -22,6 +22,7 @@ utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" eq
     python one_step_sarsa_atari.py --resume runs/NAME            # resumes exactly where it stopped
 """
 
+import copy
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -143,7 +144,7 @@ def epsilon_greedy(q_values, epsilons):
 
 
 def compute_loss(q_values, actions, returns):
-    """mean[(R - Q(s, a))^2] over (num_steps, num_envs); q_values have the actions as third axis."""
+    """mean[(R - Q(s, a))^2] over (num_steps, num_envs); q_values have the actions as last axis."""
     action_values = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return (returns - action_values).square().mean()
 
@@ -871,6 +872,7 @@ RANGES = {
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
+    "q_lambda": (0, 1),
     "max_grad_norm": (1e-12, 10**12),
     "optimizer_epsilon": (1e-12, 10**12),
     "final_epsilons": (0, 1),
@@ -1126,7 +1128,6 @@ def choose_num_workers(args):
 
 # <<< shared: number of workers
 # >>> shared: torch
-import copy
 import io
 import zipfile
 

@@ -25,6 +25,7 @@ utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" eq
     python paac.py --resume runs/NAME       # go on; games without get_state() start anew
 """
 
+import copy
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -714,6 +715,7 @@ RANGES = {
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
+    "q_lambda": (0, 1),
     "max_grad_norm": (1e-12, 10**12),
     "optimizer_epsilon": (1e-12, 10**12),
     "final_epsilons": (0, 1),
@@ -969,7 +971,6 @@ def choose_num_workers(args):
 
 # <<< shared: number of workers
 # >>> shared: torch
-import copy
 import io
 import zipfile
 

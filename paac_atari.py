@@ -22,6 +22,7 @@ utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" eq
     python paac_atari.py --resume runs/NAME            # resumes exactly where it stopped
 """
 
+import copy
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -885,6 +886,7 @@ RANGES = {
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
+    "q_lambda": (0, 1),
     "max_grad_norm": (1e-12, 10**12),
     "optimizer_epsilon": (1e-12, 10**12),
     "final_epsilons": (0, 1),
@@ -1140,7 +1142,6 @@ def choose_num_workers(args):
 
 # <<< shared: number of workers
 # >>> shared: torch
-import copy
 import io
 import zipfile
 

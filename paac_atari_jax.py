@@ -931,6 +931,7 @@ RANGES = {
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
+    "q_lambda": (0, 1),
     "max_grad_norm": (1e-12, 10**12),
     "optimizer_epsilon": (1e-12, 10**12),
     "final_epsilons": (0, 1),

@@ -15,6 +15,7 @@ and the checkpoints. The algorithm is that of paac_atari.py, whose diff is what 
         paac_atari_multigpu.py
 """
 
+import copy
 import math
 import os
 from dataclasses import asdict, dataclass, fields, replace
@@ -955,6 +956,7 @@ RANGES = {
     "num_workers": (0, 10**4),
     "step_timeout": (0.001, 10**6),
     "gamma": (0, 1),
+    "q_lambda": (0, 1),
     "max_grad_norm": (1e-12, 10**12),
     "optimizer_epsilon": (1e-12, 10**12),
     "final_epsilons": (0, 1),
@@ -1211,7 +1213,6 @@ def choose_num_workers(args):
 
 
 # >>> shared: torch
-import copy
 import io
 import zipfile
 

@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
-SYNCHRONOUS = ["paac_atari", *Q_SCRIPTS, "paac_atari_jax"]
+VALUE_BASED = [*Q_SCRIPTS, "pqn_atari"]
+SYNCHRONOUS = ["paac_atari", *VALUE_BASED, "paac_atari_jax"]
 SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]  # paac.py: see test_gym.py
-# Below the fence the Q scripts are paac_atari.py, letter for letter (test_drift.py): what is long
-# and happens there alone is tried with these.
+# Below the fence the value-based scripts are paac_atari.py, letter for letter (test_drift.py):
+# what is long and happens there alone is tried with these.
 DISTINCT = ["paac_atari", "paac_atari_jax", "a3c_atari"]
 # The same holds for the JAX script in what handles signals, files and lost workers: what is long
 # and about those alone is tried with these.
@@ -59,6 +60,8 @@ def small(script):
         flags += ["--env-id", "PongNoFrameskip-v4"]
     if script.__name__ == "a3c_atari":
         return [*flags, "--num-envs", "2"]
+    if script.__name__ == "pqn_atari":
+        flags += ["--num-steps", "5", "--num-minibatches", "2"]
     return [*flags, "--num-envs", "4", "--num-workers", "2"]
 
 

@@ -19,6 +19,7 @@ BUDGETS = {
     ("paac_atari", "nstep_q_atari"): 130,
     ("nstep_q_atari", "one_step_q_atari"): 60,
     ("one_step_q_atari", "one_step_sarsa_atari"): 50,
+    ("nstep_q_atari", "pqn_atari"): 130,
     ("paac_atari", "paac_atari_multigpu"): 165,
     ("paac_atari", "paac_atari_jax"): 510,
     ("paac_atari", "paac"): 270,
@@ -66,7 +67,7 @@ def test_fences_are_pairs(script):
     assert text.count("# >>> shared: ") == len(sync_shared.read_blocks(text))
 
 
-@pytest.mark.parametrize("script", sync_shared.SCRIPTS[1:6])
+@pytest.mark.parametrize("script", sync_shared.SCRIPTS[1:7])
 def test_most_of_a_torch_sibling_is_guarded(script):
     text = source(script)
     originals = sync_shared.find_originals({name: source(name) for name in sync_shared.SCRIPTS})
@@ -87,13 +88,16 @@ def test_diff_shows_the_algorithm_alone(pair):
 
 
 @pytest.mark.parametrize(
-    "script", ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari", "paac"]
+    "script", ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari", "pqn_atari", "paac"]
 )
 def test_siblings_differ_above_the_fence(script):
-    """Below it, only paac.py does, in the section of the games."""
+    """Below it, only paac.py does, in the section of the games, and pqn_atari.py, which has no CUDA
+    graphs."""
 
     def plumbing(text):
         below = text[text.index(FENCE) :]
+        if script == "pqn_atari":
+            return below.replace(sync_shared.read_blocks(text).get("cuda graphs", ""), "")
         if script == "paac":
             return below[: below.index("# 3. Games")] + below[below.index("# 4. Workers") :]
         return below

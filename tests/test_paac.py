@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import Q_SCRIPTS, SCRIPTS, small
+from conftest import SCRIPTS, VALUE_BASED, small
 from games import Scripted, scripted_steps
 
 import paac_atari
@@ -246,7 +246,7 @@ def test_live_units(script, arch, layers):
 def test_network_init_by_default(script, arch, hidden, layer_norm):
     """Orthogonal: divided by the gain, W W' or, where the layer is wider than deep, W' W is
     the identity. Of all scripts."""
-    is_larger = layer_norm and script.__name__ not in Q_SCRIPTS
+    is_larger = layer_norm and script.__name__ not in VALUE_BASED
     gains = {"policy": 0.01, "value": 1.0, "q": 1.0, hidden: 4.5 if is_larger else 2**0.5}
     agent = script.Agent(6, script.Args(arch=arch, layer_norm=layer_norm))
     for name, layer in agent.named_modules():

@@ -14,6 +14,8 @@ import torch
 from conftest import Q_SCRIPTS, ROOT, small
 from games import Scripted, scripted_steps
 
+import pqn_atari
+
 ONE_STEP = Q_SCRIPTS[1:]
 
 
@@ -236,3 +238,109 @@ def test_target_network_changes_only_when_due(recorded):
     assert len(set(weights)) == 20  # the network itself changes in every update
     for update, r in enumerate(rollouts):
         assert r["target_weight"] == weights[update // 5 * 5]
+
+
+# PQN ----------------------------------------------------------------------------------------------
+
+
+def test_lambda_returns_by_hand():
+    """gamma 0.5, lambda 0.75, three steps of a game that goes on, and of three in which the second
+    step ends a life, ends by a time limit, or by both at once."""
+    ends = {
+        "terminations": torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool),
+        "truncations": torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]], dtype=torch.bool),
+        "final_values": torch.full((3, 4), 16.0),
+    }
+    rewards = torch.tensor([[1.0], [0.0], [-1.0]]).expand(3, 4)
+    values = torch.tensor([[1e6], [4.0], [8.0], [2.0]]).expand(4, 4)
+    returns = pqn_atari.compute_returns(rewards, **ends, values=values, gamma=0.5, q_lambda=0.75)
+    # -1 + 0.5 * 2 = 0; 0 + 0.5 (0.25 * 8 + 0.75 * 0) = 1; 1 + 0.5 (0.25 * 4 + 0.75 * 1) = 1.875
+    assert returns[:, 0].tolist() == [1.875, 1.0, 0.0]
+    assert returns[:, 1].tolist() == [1.5, 0.0, 0.0]
+    assert returns[:, 2].tolist() == [4.5, 8.0, 0.0]
+    assert returns[:, 3].tolist() == [1.5, 0.0, 0.0]
+
+
+def test_lambda_1_is_n_step_q_and_lambda_0_is_one_step_q():
+    nstep, one_step = (importlib.import_module(name) for name in Q_SCRIPTS[:2])
+    generator = torch.Generator().manual_seed(0)
+    rewards, final_values = torch.randn(2, 7, 50, generator=generator)
+    values = torch.randn(8, 50, generator=generator)
+    terminations, truncations = torch.rand(2, 7, 50, generator=generator) < 0.3
+    steps = (rewards, terminations, truncations, final_values)
+    torch.testing.assert_close(
+        pqn_atari.compute_returns(*steps, values, 0.9, q_lambda=1),
+        nstep.compute_returns(*steps, values[-1], 0.9),
+    )
+    torch.testing.assert_close(
+        pqn_atari.compute_returns(*steps, values, 0.9, q_lambda=0),
+        one_step.compute_targets(*steps, values[1:], 0.9),
+    )
+
+
+def test_each_epoch_of_pqn_learns_each_step_once(monkeypatch, tmp_path):
+    """What reaches the targets belongs to the observations acted on, and every observation comes
+    back once per epoch, in another order, with its own action and return."""
+    rollouts, minibatches = [], []
+    compute_returns, compute_loss = pqn_atari.compute_returns, pqn_atari.compute_loss
+
+    def record_returns(*inputs):
+        returns = compute_returns(*inputs)
+        rollouts.append((*inputs[:5], returns.clone()))
+        return returns
+
+    def record_loss(q_values, actions, returns):
+        minibatches.append((q_values.detach()[:, 0].clone(), actions, returns))
+        return compute_loss(q_values, actions, returns)
+
+    monkeypatch.setattr(pqn_atari, "compute_returns", record_returns)
+    monkeypatch.setattr(pqn_atari, "compute_loss", record_loss)
+    monkeypatch.setattr(pqn_atari, "Agent", Reader)
+    monkeypatch.setattr(Scripted, "created", 0)
+    monkeypatch.chdir(tmp_path)
+    flags = "--num-workers 0 --num-epochs 3 --no-subtract-mean-screen --learning-rate 0"
+    flags += " --total-timesteps 400 --exploration-steps 1000000"
+    pqn_atari.train(pqn_atari.parse_args([*small(pqn_atari), *flags.split()]), Scripted)
+    assert len(rollouts) == 20 and len(minibatches) == 20 * 3 * 2
+    games = scripted_steps(4)
+    for i, (rewards, terminations, truncations, final_values, values, returns) in enumerate(
+        rollouts
+    ):
+        steps = list(islice(games, 5))
+        expected = []
+        for t, (shown, last_shown, over, cut, _) in enumerate(steps):
+            np.testing.assert_array_equal(values[t], shown + 0.5)
+            np.testing.assert_array_equal(terminations[t], over)
+            np.testing.assert_array_equal(truncations[t], cut)
+            np.testing.assert_array_equal(final_values[t].numpy()[cut], last_shown[cut] + 0.5)
+            actions = (rewards[t].numpy() == 1).astype(int)
+            expected += zip(shown, actions, returns[t].tolist())
+        np.testing.assert_array_equal(values[-1], steps[-1][-1] + 0.5)
+        orders = []
+        for epoch in range(3):
+            first = 6 * i + 2 * epoch
+            epoch_steps = [
+                list(zip(*(x.tolist() for x in minibatch)))
+                for minibatch in minibatches[first : first + 2]
+            ]
+            assert [len(part) for part in epoch_steps] == [10, 10]
+            orders.append(epoch_steps[0] + epoch_steps[1])
+            assert sorted(orders[-1]) == sorted(expected)
+        assert orders[0] != orders[1] != orders[2]
+
+
+def test_pqn_learns_from_each_minibatch(monkeypatch, tmp_path):
+    """Two epochs of two minibatches are four steps of the optimizer."""
+    steps = []
+    make_optimizer = pqn_atari.make_optimizer
+
+    def count_steps(agent, args):
+        optimizer = make_optimizer(agent, args)
+        optimizer.register_step_post_hook(lambda *_: steps.append(agent.q.weight.sum().item()))
+        return optimizer
+
+    monkeypatch.setattr(pqn_atari, "make_optimizer", count_steps)
+    monkeypatch.chdir(tmp_path)
+    args = [*small(pqn_atari), "--num-workers", "0", "--total-timesteps", "40"]
+    pqn_atari.train(pqn_atari.parse_args(args), Scripted)
+    assert len(steps) == len(set(steps)) == 2 * 4

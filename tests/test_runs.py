@@ -29,6 +29,7 @@ from conftest import (
     ROOT,
     SCRIPTS,
     SYNCHRONOUS,
+    VALUE_BASED,
     command,
     each,
     only_run,
@@ -208,7 +209,7 @@ def fails(script, args, capsys):
         pytest.param("paac_atari", "BreakoutNoFrameskip-v4", 1600, marks=pytest.mark.slow),
         *(
             pytest.param(name, "ALE/Qbert-v5", 1600, marks=pytest.mark.slow)
-            for name in ("nstep_q_atari", "one_step_sarsa_atari", "paac_atari_jax")
+            for name in ("nstep_q_atari", "one_step_sarsa_atari", "pqn_atari", "paac_atari_jax")
         ),
     ],
     indirect=["script"],
@@ -449,6 +450,19 @@ def test_bad_arguments_get_one_line(script, capsys, args, words):
     ],
 )
 def test_bad_epsilons_get_one_line(script, capsys, args, words):
+    assert words in fails(script, args, capsys)
+
+
+@pytest.mark.parametrize("script", ["pqn_atari"], indirect=True)
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--q-lambda", "1.1"], "--q-lambda 1.1: must lie between 0 and 1"),
+        (["--num-epochs", "0"], "--num-epochs 0: must lie between 1 and"),
+        (["--num-minibatches", "0"], "--num-minibatches 0: must lie between 1 and"),
+    ],
+)
+def test_bad_flags_of_pqn_get_one_line(script, capsys, args, words):
     assert words in fails(script, args, capsys)
 
 
@@ -823,8 +837,9 @@ def test_learns_a_small_image_game(script, tmp_path):
         flags = ["--num-envs", 4, "--total-timesteps", 25_000]
     else:
         flags = ["--num-envs", 32, "--no-anneal-lr", "--total-timesteps", 30_000]
-    if script.__name__ in Q_SCRIPTS:
+    if script.__name__ in VALUE_BASED:
         flags += ["--exploration-steps", 10_000, "--final-epsilons", 0.02]
+    if script.__name__ in Q_SCRIPTS:
         flags += ["--target-interval", 1000]
     train(script, *flags, "--log-interval", 2500, make_env=ShortCatch)
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]

@@ -22,6 +22,7 @@ SCRIPTS = [
     "nstep_q_atari",
     "one_step_q_atari",
     "one_step_sarsa_atari",
+    "pqn_atari",
     "paac_atari_multigpu",
     "paac_atari_jax",
     "a3c_atari",
