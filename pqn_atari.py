@@ -7,14 +7,14 @@
 
 num_envs games run in num_workers processes. All games take num_steps steps with the same network,
 in one batch per step. Then the optimizer passes over these steps num_epochs times, in random order,
-and takes one gradient step per minibatch on
+and for each minibatch of them takes one gradient step on
 
     L   = mean[(R_t - Q(s_t, a_t))^2]
-    R_t = r_t + gamma ((1 - q_lambda) V_{t+1} + q_lambda R_{t+1}),  R_T = V_T,  T = num_steps,
+    R_t = r_t + gamma ((1 - q_lambda) V_{t+1} + q_lambda R_{t+1}),  R_T = V_T,  T = num_steps.
 
-where r_t is clipped to [-1, 1] and V_t = max_a Q(s_t, a), by the network that played. If step t
-ended the game or a life, R_t is r_t; if a time limit ended the game, R_t is r_t + gamma V of the
-last observation. There is no target network and no replay buffer.
+r_t is clipped to [-1, 1]. V_t = max_a Q(s_t, a) and R_t are computed once, by the network that
+played. If step t ended the game or a life, R_t is r_t; if a time limit ended the game, R_t is
+r_t + gamma V of the last observation. There is no target network and no replay buffer.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
 them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
@@ -64,16 +64,16 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 32  # steps per game and rollout
     num_epochs: int = 2  # passes over the steps of a rollout
-    num_minibatches: int = 8  # gradient steps per pass
+    num_minibatches: int = 8  # gradient steps per pass, at most
     gamma: float = 0.99  # discount per agent step
     q_lambda: float = 0.65  # weight of the longer returns; 0: one-step Q, 1: n-step Q
     final_epsilons: tuple[float, ...] = (0.01,)  # final shares of random actions, cycled over games
     exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
     max_grad_norm: float = 10.0  # a gradient of a larger global norm is scaled down to it
-    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper: RAdam; rmsprop: TensorFlow's
+    optimizer_epsilon: float = 1e-5  # of the optimizer
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
-    init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
+    init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in)
     subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; the paper: all layers
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -211,8 +211,8 @@ def train(args, make_env):
         optimizer.param_groups[0]["lr"] = learning_rate
         epsilons = 1 - (1 - final_epsilons) * min(1.0, global_step / args.exploration_steps)
 
-        # ROLLOUT: all games take num_steps steps with the same parameters. Nothing of these forward
-        # passes is kept for gradients, because the update makes passes of its own.
+        # ROLLOUT: all games take num_steps steps with the same parameters. These passes keep no
+        # autograd graph, because each minibatch below goes through the network again.
         observations = []  # of each step: (num_envs, 4, 84, 84)
         q_values = []  # of each step: (num_envs, num_actions)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
@@ -267,9 +267,10 @@ def train(args, make_env):
             rewards, terminations, truncations, final_values, values, args.gamma, args.q_lambda
         )
 
-        # LOSS AND STEPS
-        observations = torch.as_tensor(np.concatenate(observations), device=device)
-        actions = actions.flatten()  # in the order of the observations: (num_steps * num_envs,)
+        # LOSS AND STEPS: what is logged of them is that of the last minibatch.
+        observations = np.concatenate(observations)  # (num_steps * num_envs, 4, 84, 84)
+        observations = torch.as_tensor(observations, device=device)
+        actions = actions.flatten()  # in the same order: (num_steps * num_envs,)
         returns = returns.flatten()
         for _ in range(args.num_epochs):
             for indices in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
@@ -282,7 +283,7 @@ def train(args, make_env):
                 stop_if_not_finite(scalars, next_step)
                 optimizer.step()
         if args.subtract_mean_screen:
-            rate = max(batch_size / next_step, 0.001)  # 1 / updates so far, at first
+            rate = max(batch_size / next_step, 0.001)  # 1 / rollouts so far, at first
             screen = torch.as_tensor(obs[:, -1], device=device).float().mean(dim=0)
             agent.mean_screen.lerp_(screen, rate)
         global_step = next_step

@@ -19,7 +19,7 @@ BUDGETS = {
     ("paac_atari", "nstep_q_atari"): 130,
     ("nstep_q_atari", "one_step_q_atari"): 60,
     ("one_step_q_atari", "one_step_sarsa_atari"): 50,
-    ("nstep_q_atari", "pqn_atari"): 130,
+    ("nstep_q_atari", "pqn_atari"): 135,
     ("paac_atari", "paac_atari_multigpu"): 165,
     ("paac_atari", "paac_atari_jax"): 510,
     ("paac_atari", "paac"): 270,
