@@ -206,10 +206,9 @@ def train(args, make_env):
         optimizer.param_groups[0]["lr"] = learning_rate
         epsilons = 1 - (1 - final_epsilons) * min(1.0, global_step / args.exploration_steps)
 
-        # ROLLOUT: all games take num_steps steps with the same parameters. The autograd graph of
-        # these forward passes is kept, and the update backpropagates through it: a second pass
-        # would compute the same numbers. To train several epochs on a batch, as PPO does, keep each
-        # obs here and call agent() again in LOSS AND STEP.
+        # ROLLOUT: all games take num_steps steps with the same parameters. The update goes back
+        # through these forward passes, because new ones would compute the same numbers. To train
+        # several epochs on a batch, keep each obs and call agent() again, as pqn_atari.py does.
         q_values, next_values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
