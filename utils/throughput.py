@@ -149,14 +149,13 @@ def game_pipelines(args):
         ours.close()
         cpp.close()
 
+    def random_actions():
+        return generator.integers(num_actions, size=n)
+
     pipelines = {
-        f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(
-            generator.integers(num_actions, size=n)
-        ),
-        f"ours: {workers} workers": lambda: ours.step(generator.integers(num_actions, size=n)),
-        f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(
-            generator.integers(num_actions, size=n)
-        ),
+        f"stock: {n} processes, gymnasium's wrappers": lambda: stock.step(random_actions()),
+        f"ours: {workers} workers": lambda: ours.step(random_actions()),
+        f"ale-py AtariVectorEnv (C++), {workers} threads": lambda: cpp.step(random_actions()),
     }
     if importlib.util.find_spec("envpool"):
         import envpool
@@ -165,9 +164,7 @@ def game_pipelines(args):
         settings = {"num_envs": n, "num_threads": workers, "env_type": "gymnasium"}
         pool = envpool.make(f"{name}-v5", **settings)
         pool.reset()
-        pipelines[f"envpool (C++), {workers} threads"] = lambda: pool.step(
-            generator.integers(num_actions, size=n)
-        )
+        pipelines[f"envpool (C++), {workers} threads"] = lambda: pool.step(random_actions())
     return pipelines, emulator, close
 
 
