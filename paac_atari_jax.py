@@ -696,6 +696,8 @@ class WorkerPool:
         self.action_space = game.action_space
         game.close()
         self.obs_shape = (args.num_envs, *game.observation_space.shape)
+        if args.num_workers > 0:
+            start_fork_server()  # it needs seconds to import torch: the network is made meanwhile
         self.args = args
         self.make_env = make_env
         self.envs = None  # gymnasium's vector environment, from start() to the end or a loss

@@ -28,7 +28,7 @@ def test_failures_are_reported_and_results_kept(tmp_path):
         *BENCHMARK,
         "--runs",
         "runs.txt",
-        "--flags=--num-envs 4",
+        "--flags=--num-envs 16",
         "--window",
         "2000",
         "--retries",
@@ -41,7 +41,7 @@ def test_failures_are_reported_and_results_kept(tmp_path):
     )
     assert result.stdout.count("start: ") == 2 and result.stdout.count("again: ") == 1
     (run_dir,) = tmp_path.glob("runs/*__paac_atari__*")
-    assert load(run_dir)["args"]["num_envs"] == 4
+    assert load(run_dir)["args"]["num_envs"] == 16
     curve = [value for step, value in scalars(run_dir)["charts/episodic_return"] if step > 8400]
     with open(tmp_path / "benchmark.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -152,19 +152,14 @@ def test_steps_end_each_run_once(tmp_path):
     )
     other, tables = f"{flags} --learning-rate 0.001", []
     # Each is trained once, whatever came between
-    for setting, runs in (
-        (flags, 1),
-        (flags, 1),
-        (other, 2),
-        (flags, 2),
-    ):
+    for setting, runs in ((flags, 1), (other, 2), (flags, 2)):
         result = run([*command, setting], tmp_path)
         assert result.returncode == 0, result.stderr
         assert len([*tmp_path.glob("runs/*")]) == runs
         (log,) = tmp_path.glob("benchmark/*.log")
         assert log.read_text().count("SIGINT: stopped") == runs
         tables.append((tmp_path / "benchmark.csv").read_text())
-    assert tables[0] == tables[1] == tables[3] != tables[2] and ",2000.0," in tables[0]
+    assert tables[0] == tables[2] != tables[1] and ",2000.0," in tables[0]
     assert all(2000 <= load(run_dir)["global_step"] < 10_000 for run_dir in tmp_path.glob("runs/*"))
 
 

@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from each process
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+LOG_INTERVAL = 10_000 if torch.cuda.is_available() else 1000  # of the training that is measured
 
 PARTS = {"env": "games", "act": "acting", "learn": "learning"}  # of the time: tag, and its name
 
@@ -208,8 +209,7 @@ def sb3_speed(args):
 def train_speed(args, script, num_envs, network):
     """Steps/s of a script, and which part of the time went to the games, to acting and to
     learning; A3C, whose processes do all of it at once, has no such parts."""
-    log_interval = 10_000 if torch.cuda.is_available() else 1000
-    flags = ["--env-id", args.env_id, "--num-envs", num_envs, "--log-interval", log_interval]
+    flags = ["--env-id", args.env_id, "--num-envs", num_envs, "--log-interval", LOG_INTERVAL]
     # Each game of A3C is a process.
     if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):
         flags += ["--num-workers", args.num_workers]
