@@ -152,7 +152,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 def sample_actions(logits):
     """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous actions,
     docs/forking.md changes Agent.policy, this function, action_logprobs and entropy in
-    compute_loss(), action_space.n in train(), make_env() and check_env_id()."""
+    compute_loss(), action_space.n in train(), make_env() and check_env()."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -379,12 +379,14 @@ import ale_py
 import cv2
 
 
-def make_env(args):
-    """One game. It can be any gymnasium environment with a Box of observations; see Worker."""
-    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss)
+def make_env(args, **options):
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
+    can be any gymnasium environment with a Box of observations; see Worker."""
+    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
-def check_env_id(env_id):
+def check_env(args):
+    env_id = args.env_id
     if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
@@ -686,7 +688,7 @@ def parse_args(argv=None):
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
-    check_env_id(args.env_id)
+    check_env(args)
     return args
 
 

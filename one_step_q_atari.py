@@ -129,7 +129,7 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
-        """obs: uint8 (num_envs, 4, 84, 84) -> Q-values (num_envs, num_actions)"""
+        """obs: uint8 (batch, 4, 84, 84) -> Q-values (batch, num_actions)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.bf16):
             pixels = (obs.float() - self.mean_screen) / 255  # centred: LeCun et al. 1998
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
@@ -144,7 +144,7 @@ def epsilon_greedy(q_values, epsilons):
 
 
 def compute_loss(q_values, actions, returns):
-    """mean[(R - Q(s, a))^2] over (num_steps, num_envs); q_values have the actions as last axis."""
+    """mean[(R - Q(s, a))^2] over all steps; q_values have the actions as last axis."""
     action_values = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return (returns - action_values).square().mean()
 
@@ -199,7 +199,7 @@ def train(args, make_env):
     batch_size = args.num_envs * args.num_steps
     is_last = global_step >= args.total_timesteps
     while not is_last:
-        # LEARNING RATE
+        # LEARNING RATE AND SHARES OF RANDOM ACTIONS
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
@@ -340,12 +340,14 @@ import ale_py
 import cv2
 
 
-def make_env(args):
-    """One game. It can be any gymnasium environment with a Box of observations; see Worker."""
-    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss)
+def make_env(args, **options):
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
+    can be any gymnasium environment with a Box of observations; see Worker."""
+    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
-def check_env_id(env_id):
+def check_env(args):
+    env_id = args.env_id
     if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
@@ -825,7 +827,7 @@ def parse_args(argv=None):
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
-    check_env_id(args.env_id)
+    check_env(args)
     return args
 
 

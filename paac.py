@@ -125,7 +125,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 def sample_actions(logits):
     """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous actions,
     docs/forking.md changes Agent.policy, this function, action_logprobs and entropy in
-    compute_loss(), action_space.n in train(), make_env() and check_env_id()."""
+    compute_loss(), action_space.n in train(), make_env() and check_env()."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -317,23 +317,24 @@ SCRIPT = Path(__file__).stem
 # 3. Games ----------------------------------------------------------------------------------------
 
 
-def make_env(args):
-    """One game. Put your own wrappers here."""
-    return gym.make(args.env_id)
+def make_env(args, **options):
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
+    can be any gymnasium environment with a Box of observations; see Worker."""
+    return gym.make(args.env_id, **options)
 
 
-def check_env_id(env_id):
+def check_env(args):
     try:
-        env = gym.make(env_id)
+        env = make_env(args)
     except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"--env-id {args.env_id}: {error}")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-        fail(f"--env-id {env_id} has actions {env.action_space}, not Discrete")
+        fail(f"--env-id {args.env_id} has actions {env.action_space}, not Discrete")
     if (
         not isinstance(env.observation_space, gym.spaces.Box)
         or len(env.observation_space.shape) != 1
     ):
-        fail(f"--env-id {env_id} has observations {env.observation_space}, not a flat Box")
+        fail(f"--env-id {args.env_id} has observations {env.observation_space}, not a flat Box")
     env.close()
 
 
@@ -679,7 +680,7 @@ def parse_args(argv=None):
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
-    check_env_id(args.env_id)
+    check_env(args)
     return args
 
 

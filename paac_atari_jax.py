@@ -411,12 +411,14 @@ import ale_py
 import cv2
 
 
-def make_env(args):
-    """One game. It can be any gymnasium environment with a Box of observations; see Worker."""
-    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss)
+def make_env(args, **options):
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
+    can be any gymnasium environment with a Box of observations; see Worker."""
+    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
-def check_env_id(env_id):
+def check_env(args):
+    env_id = args.env_id
     if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
@@ -896,7 +898,7 @@ def parse_args(argv=None):
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
-    check_env_id(args.env_id)
+    check_env(args)
     return args
 
 

@@ -13,8 +13,10 @@ and for each minibatch of them takes one gradient step on
     R_t = r_t + gamma ((1 - q_lambda) V_{t+1} + q_lambda R_{t+1}),  R_T = V_T,  T = num_steps.
 
 r_t is clipped to [-1, 1]. V_t = max_a Q(s_t, a) and R_t are computed once, by the network that
-played. If step t ended the game or a life, R_t is r_t; if a time limit ended the game, R_t is
-r_t + gamma V of the last observation. There is no target network and no replay buffer.
+played, and stay fixed for the gradient steps on its rollout. There is no older network (target
+network), and no older steps (replay buffer); LayerNorm is to keep that stable. If step t ended the
+game or a life, R_t is r_t; if a time limit ended the game, R_t is r_t + gamma V of the last
+observation. What differs from the paper is listed in docs/algorithms.md.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
 them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
@@ -64,16 +66,16 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 32  # steps per game and rollout
     num_epochs: int = 2  # passes over the steps of a rollout
-    num_minibatches: int = 8  # gradient steps per pass, at most
+    num_minibatches: int = 8  # gradient steps per pass
     gamma: float = 0.99  # discount per agent step
-    q_lambda: float = 0.65  # weight of the longer returns; 0: one-step Q, 1: n-step Q
-    final_epsilons: tuple[float, ...] = (0.01,)  # final shares of random actions, cycled over games
+    q_lambda: float = 0.65  # weight of R_{t+1} against V_{t+1}; 0: one-step Q, 1: n-step Q
+    final_epsilons: tuple[float, ...] = (0.01,)  # at the end, cycled over games; the paper: 0.001
     exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
-    max_grad_norm: float = 10.0  # a gradient of a larger global norm is scaled down to it
+    max_grad_norm: float = 10.0  # a larger global norm is scaled down to it; the paper's: 20 here
     optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper: RAdam; rmsprop: TensorFlow's
-    optimizer_epsilon: float = 1e-5  # of the optimizer
+    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper: 1e-8
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
-    init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in)
+    init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in); paper: He's
     subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; the paper: all layers
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
@@ -132,7 +134,7 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
-        """obs: uint8 (num_envs, 4, 84, 84) -> Q-values (num_envs, num_actions)"""
+        """obs: uint8 (batch, 4, 84, 84) -> Q-values (batch, num_actions)"""
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.args.bf16):
             pixels = (obs.float() - self.mean_screen) / 255  # centred: LeCun et al. 1998
             hidden = self.trunk(pixels.contiguous(memory_format=torch.channels_last))
@@ -147,25 +149,25 @@ def epsilon_greedy(q_values, epsilons):
 
 
 def compute_loss(q_values, actions, returns):
-    """mean[(R - Q(s, a))^2] over (num_steps, num_envs); q_values have the actions as last axis."""
+    """mean[(R - Q(s, a))^2] over all steps; q_values have the actions as last axis."""
     action_values = q_values.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     return (returns - action_values).square().mean()
 
 
 # <<< shared: q network
 def compute_returns(rewards, terminations, truncations, final_values, values, gamma, q_lambda):
-    """The returns of Q(lambda), R_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda R_{t+1}), computed
-    backwards. What gamma multiplies is replaced by
+    """The returns of Peng's Q(lambda), R_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda R_{t+1}),
+    computed backwards, and not cut at random actions. What gamma multiplies is replaced by
     0 where a game or, in AtariEnv.step(), a life ended (terminations);
     final_values[t], the value of the last observation, where a time limit ended the game.
     values: V_t = max_a Q(s_t, a), (num_steps + 1, num_envs). All others: (num_steps, num_envs)."""
     returns = torch.empty_like(rewards)
     next_return = values[-1]
     for t in reversed(range(len(rewards))):
-        target = (1 - q_lambda) * values[t + 1] + q_lambda * next_return
-        target = torch.where(truncations[t], final_values[t], target)
-        target = torch.where(terminations[t], 0.0, target)
-        next_return = rewards[t] + gamma * target
+        bootstrap = (1 - q_lambda) * values[t + 1] + q_lambda * next_return
+        bootstrap = torch.where(truncations[t], final_values[t], bootstrap)
+        bootstrap = torch.where(terminations[t], 0.0, bootstrap)
+        next_return = rewards[t] + gamma * bootstrap
         returns[t] = next_return
     return returns
 
@@ -202,9 +204,10 @@ def train(args, make_env):
     final_epsilons = torch.tensor(final_epsilons, dtype=torch.float32, device=device)
     log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
     batch_size = args.num_envs * args.num_steps
+    num_minibatches = min(args.num_minibatches, batch_size)  # none is empty
     is_last = global_step >= args.total_timesteps
     while not is_last:
-        # LEARNING RATE
+        # LEARNING RATE AND SHARES OF RANDOM ACTIONS
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
@@ -219,10 +222,11 @@ def train(args, make_env):
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
         try:
             for t in range(args.num_steps):
+                step_obs = torch.as_tensor(obs, device=device)
                 with torch.no_grad():
-                    step_q_values = agent(torch.as_tensor(obs, device=device))
+                    step_q_values = agent(step_obs)
                 step_actions = epsilon_greedy(step_q_values, epsilons)
-                observations.append(obs)
+                observations.append(step_obs)
                 q_values.append(step_q_values)
                 actions.append(step_actions)
                 cpu_actions = step_actions.cpu().numpy()
@@ -267,13 +271,13 @@ def train(args, make_env):
             rewards, terminations, truncations, final_values, values, args.gamma, args.q_lambda
         )
 
-        # LOSS AND STEPS: what is logged of them is that of the last minibatch.
-        observations = np.concatenate(observations)  # (num_steps * num_envs, 4, 84, 84)
-        observations = torch.as_tensor(observations, device=device)
+        # LOSS AND STEPS. The loss in the log is that of the last minibatch, after all other steps
+        # on this rollout: it is no measure against scripts that take one step.
+        observations = torch.cat(observations)  # (num_steps * num_envs, 4, 84, 84)
         actions = actions.flatten()  # in the same order: (num_steps * num_envs,)
         returns = returns.flatten()
         for _ in range(args.num_epochs):
-            for indices in torch.randperm(batch_size, device=device).chunk(args.num_minibatches):
+            for indices in torch.randperm(batch_size, device=device).tensor_split(num_minibatches):
                 new_q_values = agent(observations[indices])
                 loss = compute_loss(new_q_values, actions[indices], returns[indices])
                 optimizer.zero_grad()
@@ -352,12 +356,14 @@ import ale_py
 import cv2
 
 
-def make_env(args):
-    """One game. It can be any gymnasium environment with a Box of observations; see Worker."""
-    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss)
+def make_env(args, **options):
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
+    can be any gymnasium environment with a Box of observations; see Worker."""
+    return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
-def check_env_id(env_id):
+def check_env(args):
+    env_id = args.env_id
     if env_id in gym.registry and gym.spec(env_id).entry_point == "ale_py.env:AtariEnv":
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
@@ -837,7 +843,7 @@ def parse_args(argv=None):
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs Weights & Biases: pip install wandb")
     choose_num_workers(args)
-    check_env_id(args.env_id)
+    check_env(args)
     return args
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ROOT, command, only_run, run, scalars
@@ -141,6 +142,16 @@ def test_games_that_do_not_fit_get_one_line(capsys, env_id, words):
         paac.parse_args(["--env-id", env_id])
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and env_id in error and words in error, error
+
+
+def test_a_wrapper_may_make_a_game_fit(monkeypatch):
+    """What make_env() returns counts, not the game below the wrappers."""
+
+    def make_env(args, **options):
+        return gym.wrappers.FlattenObservation(gym.make(args.env_id, **options))
+
+    monkeypatch.setattr(paac, "make_env", make_env)
+    assert paac.parse_args(["--env-id", "FrozenLake-v1"]).env_id == "FrozenLake-v1"
 
 
 @pytest.mark.slow

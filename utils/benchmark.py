@@ -46,6 +46,7 @@ PUBLISHED = {  # column: (file, column of the file)
     "random": ("human_random.csv", "random"),
     "human": ("human_random.csv", "human"),
     "A2C, 10M": ("atari_scores.csv", "a2c_10Msteps_ppo_paper"),
+    "PPO, 10M": ("atari_scores.csv", "ppo_10Msteps_ppo_paper"),
     "A2C (SB2 zoo), 10M": ("a2c_zoo.csv", "sb2_zoo"),
     "A2C (SB3 zoo), 10M": ("a2c_zoo.csv", "sb3_zoo"),
     "PPO (CleanRL), 10M": ("cleanrl.csv", "ppo"),

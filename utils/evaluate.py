@@ -257,10 +257,7 @@ def evaluate(args):
             weights["agent"] = {name: p.bfloat16() for name, p in checkpoint["agent"].items()}
         Path(args.export).write_bytes(script.serialize(weights))
     if args.video:
-        if hasattr(script, "AtariEnv"):
-            env = script.AtariEnv(run_args.env_id, run_args.frame_skip, render_mode="rgb_array")
-        else:
-            env = gym.make(run_args.env_id, render_mode="rgb_array")
+        env = script.make_env(flags, render_mode="rgb_array")
         record(env, act, args.seed, Path(args.video), args.video_seconds)
     return result
 
