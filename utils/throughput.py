@@ -317,8 +317,9 @@ def figure(sweep, path, title):
 def in_turn(measures, rounds):
     """{name: [what measure() returned in each round]}, one round of everything after the other."""
     results = {name: [] for name in measures}
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         for name, measure in measures.items():
+            print(f"round {number} of {rounds}: {name}", flush=True)
             results[name].append(measure())
     return results
 
@@ -347,7 +348,8 @@ def main(args):
         pipelines, emulator, close = game_pipelines(args)
         rounds = []
         try:
-            for _ in range(args.rounds):
+            for number in range(1, args.rounds + 1):
+                print(f"round {number} of {args.rounds}: the games", flush=True)
                 rounds.append(alternate(pipelines, args.num_envs, args.seconds) | emulator())
         finally:
             close()
