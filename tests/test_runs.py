@@ -827,8 +827,8 @@ def test_nothing_survives_a_killed_learner(start):
 @pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 def test_learns_a_small_image_game(script, tmp_path):
     """Random play scores -0.6, the optimum is 1, with 2 % random actions about 0.97. A3C, whose
-    course depends on the machine, had 0.92 and 0.94 after 12,500 and 15,000 steps; with a tenth of its entropy bonus a
-    run can settle on half of the balls for good."""
+    course depends on the machine, had 0.92 and 0.94 after 12,500 and 15,000 steps; with a tenth of
+    its entropy bonus a run can settle on half of the balls for good."""
     is_a3c = script.__name__ == "a3c_atari"
     if is_a3c:
         flags = ["--num-envs", 4, "--total-timesteps", 20_000]
