@@ -851,7 +851,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 def start_fork_server():
     """Start the process from which the workers are forked. It and they block the signals that
-    terminals and SLURM send to all processes: the learner decides when the run ends."""
+    terminals and SLURM send to all processes: the learner decides when the run ends. Called again,
+    it only replaces a server that has died."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     multiprocessing.resource_tracker.ensure_running()

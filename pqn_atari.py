@@ -204,7 +204,7 @@ def train(args, make_env):
     final_epsilons = torch.tensor(final_epsilons, dtype=torch.float32, device=device)
     log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
     batch_size = args.num_envs * args.num_steps
-    num_minibatches = min(args.num_minibatches, batch_size)  # none is empty
+    num_minibatches = min(args.num_minibatches, batch_size)  # so that none is empty
     is_last = global_step >= args.total_timesteps
     while not is_last:
         # LEARNING RATE AND SHARES OF RANDOM ACTIONS
@@ -772,7 +772,8 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 def start_fork_server():
     """Start the process from which the workers are forked. It and they block the signals that
-    terminals and SLURM send to all processes: the learner decides when the run ends."""
+    terminals and SLURM send to all processes: the learner decides when the run ends. Called again,
+    it only replaces a server that has died."""
     multiprocessing.set_forkserver_preload(PRELOAD)
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     multiprocessing.resource_tracker.ensure_running()
