@@ -12,7 +12,7 @@ in one batch per step. Then the optimizer takes one gradient step on
     y_t = r_t + gamma Q_target(s_{t+1}, a_{t+1}),
 
 where r_t is clipped to [-1, 1], y_t is r_t if step t ended the game or a life (a time limit is no
-end). Actions are epsilon-greedy, Q_target is an old network.
+end). Q_target is an old copy of the network (--target-interval) or, by default, the network itself.
 
 How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
 them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
@@ -63,15 +63,15 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 1  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    final_epsilons: tuple[float, ...] = (0.1,)  # final shares of random actions, cycled over games
+    final_epsilons: tuple[float, ...] = (0.01,)  # final shares of random actions, cycled over games
     exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
-    target_interval: int = 5_000  # agent steps, of all games, between two target networks
+    target_interval: int = 1  # agent steps between two target networks; 1: none; paper: 10,000
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    subtract_mean_screen: bool = False  # the mean of all screens so far; not in the paper
+    subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 

@@ -43,7 +43,7 @@ def steps_until_learned(script, num_envs, seed):
     command += ["--total-timesteps", MOST_STEPS, "--log-interval", 1000]
     if script != "paac_atari":
         command += ["--exploration-steps", 10_000, "--final-epsilons", 0.02]
-        command += ["--target-interval", 1000]
+        command += ["--target-interval", 1000, "--no-subtract-mean-screen"]  # see q_study.md
     with tempfile.TemporaryDirectory() as folder:
         options = {"cwd": folder, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(list(map(str, command)), **options) as process:

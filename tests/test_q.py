@@ -230,14 +230,14 @@ def test_command_of_the_papers_setting_has_its_distribution_of_epsilons(script):
     assert (args.exploration_steps, args.target_interval) == (1_000_000, 10_000)
 
 
-def test_target_network_changes_only_when_due(recorded):
-    rollouts, _ = recorded(
-        "--total-timesteps", "400", "--target-interval", "100", "--optimizer", "rmsprop"
-    )
+@pytest.mark.parametrize("flags, updates", [(["--target-interval", "100"], 5), ([], 1)])
+def test_target_network_changes_only_when_due(recorded, flags, updates):
+    """By default after every update, so that there is none."""
+    rollouts, _ = recorded("--total-timesteps", "400", "--optimizer", "rmsprop", *flags)
     weights = [r["weight"] for r in rollouts]
     assert len(set(weights)) == 20  # the network itself changes in every update
     for update, r in enumerate(rollouts):
-        assert r["target_weight"] == weights[update // 5 * 5]
+        assert r["target_weight"] == weights[update // updates * updates]
 
 
 # PQN ----------------------------------------------------------------------------------------------

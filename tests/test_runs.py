@@ -336,7 +336,7 @@ def test_a_run_in_use_is_not_resumed(script, tmp_path, capsys):
         pytest.param("a3c_atari", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGHUP, marks=pytest.mark.slow),
-        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in SCRIPTS[1:]),
+        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in DISTINCT[1:]),
     ],
     indirect=["script"],
 )
@@ -838,8 +838,6 @@ def test_learns_a_small_image_game(script, tmp_path):
         flags = ["--num-envs", 32, "--total-timesteps", 15_000, "--no-anneal-lr"]
     if script.__name__ in VALUE_BASED:
         flags += ["--exploration-steps", 5000, "--final-epsilons", 0.02]
-    if script.__name__ in Q_SCRIPTS:
-        flags += ["--target-interval", 1000]
     train(script, *flags, "--log-interval", 1250, make_env=ShortCatch)
     scores = scalars(only_run(tmp_path))["charts/episodic_return"]
     assert scores[0][1] < -0.2
