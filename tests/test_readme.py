@@ -139,10 +139,10 @@ def test_scripts_and_requirements_name_the_same_packages():
 
 
 def test_trained_agent_plays_well(tmp_path):
-    """The agent in trained/ plays a game of Pong, and shows it."""
+    """An agent in trained/ plays Pong, and shows it."""
     args = evaluate.Args(str(ROOT / "trained" / "pong.pt"), episodes=2, video="pong.gif")
     args.video_seconds = 2
     result = evaluate.evaluate(args)
     assert min(result["scores"]) > 10
     assert (tmp_path / "pong.gif").stat().st_size > 1000
-    assert (ROOT / "trained" / "pong.pt").stat().st_size < 5e6
+    assert all(path.stat().st_size < 1.5e6 for path in (ROOT / "trained").iterdir())
