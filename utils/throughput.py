@@ -57,6 +57,7 @@ PARTS = {"env": "games", "act": "acting", "learn": "learning"}  # of the time: t
 class Args:
     # scripts whose training is measured; sweep: the first of them; games: paac_atari.py's workers
     scripts: list[str] = field(default_factory=lambda: ["paac_atari"])
+    # what is measured: games alone, training, training with several numbers of games
     parts: list[Literal["games", "training", "sweep"]] = field(
         default_factory=lambda: ["games", "training", "sweep"]
     )
