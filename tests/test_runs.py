@@ -336,7 +336,7 @@ def test_a_run_in_use_is_not_resumed(script, tmp_path, capsys):
         pytest.param("a3c_atari", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("a3c_atari", signal.SIGHUP, marks=pytest.mark.slow),
-        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in DISTINCT[1:]),
+        *(pytest.param(name, signal.SIGTERM, marks=pytest.mark.slow) for name in SCRIPTS[1:]),
     ],
     indirect=["script"],
 )
