@@ -150,9 +150,8 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 # >>> shared: sample_actions
 def sample_actions(logits):
-    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous actions,
-    docs/forking.md changes Agent.policy, this function, action_logprobs and entropy in
-    compute_loss(), action_space.n in train(), make_env() and check_env()."""
+    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). What else continuous
+    actions change is in docs/forking.md."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -188,8 +187,7 @@ LOSSES = (  # tags of what an actor-learner reports of its last update
 
 
 class Shared:
-    """What all processes see and change, in shared memory. Of the optimizer, that is square_avg
-    alone: each process has a learning rate of its own."""
+    """What all processes share. Of the optimizer it is square_avg; learning rates are their own."""
 
     def __init__(self, agent, optimizer, num_envs):
         self.agent = agent.share_memory()
@@ -221,7 +219,6 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
 
     global_step = first_step + int(shared.steps.sum())
     while global_step < args.total_timesteps and not shared.stop and main_process.is_alive():
-        # LEARNING RATE
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
@@ -264,9 +261,8 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
             args.gamma,
         )
 
-        # LOSS AND STEP: gradients of the copy, at the parameters of the rollout, change the shared
-        # ones. Forward and backward in a batch of 5 take a third of the time of going back through
-        # the rollout's 5 single passes.
+        # LOSS AND STEP: gradients of the copy change the shared parameters. Another pass over all 5
+        # steps takes a third of the time of going back through 5 single passes.
         logits, values = agent(torch.as_tensor(np.stack(observations)))
         loss, policy_loss, value_loss, entropy = compute_loss(
             logits, values, torch.cat(actions), returns, args.ent_coef, args.vf_coef

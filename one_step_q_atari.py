@@ -59,7 +59,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float = 4e-4  # at the start
+    learning_rate: float | None = None  # at the start; None: 0.0004, more with more games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 1  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
@@ -74,6 +74,10 @@ class Args:  # the comments are the texts of --help
     subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
+
+    def __post_init__(self):
+        if self.learning_rate is None:  # grows with the square root of the games, above 32
+            self.learning_rate = 4e-4 * math.sqrt(max(1, self.num_envs / 32))
 
 
 # 1. ALGORITHM ====================================================================================
@@ -165,7 +169,10 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    return torch.optim.Adam(agent.parameters(), **settings, fused=True)
+    # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+    ratio = max(1, args.num_envs / 32)
+    betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
+    return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
 
 
 # <<< shared: optimizer
@@ -190,8 +197,7 @@ def train(args, make_env):
         target.load_state_dict(checkpoint.get("target", checkpoint["agent"]))
     say(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, network on the {device}")
     obs = envs.start(args.seed, global_step, checkpoint.get("env_states"))  # (num_envs, 4, 84, 84)
-    # forward[t] is the network in pass t of a rollout: the agent itself or, on a GPU, a CUDA graph
-    # of it, which computes the same in less than half the time.
+    # forward[t] is the agent or, on a GPU, a CUDA graph of its pass t, at less than half the time.
     forward = repeat_agent(agent, args.num_steps, torch.as_tensor(obs, device=device))
     final_epsilons = np.resize(args.final_epsilons, args.num_envs)  # repeats them
     final_epsilons = torch.tensor(final_epsilons, dtype=torch.float32, device=device)
@@ -207,8 +213,7 @@ def train(args, make_env):
         epsilons = 1 - (1 - final_epsilons) * min(1.0, global_step / args.exploration_steps)
 
         # ROLLOUT: all games take num_steps steps with the same parameters. The update goes back
-        # through these forward passes, because new ones would compute the same numbers. To train
-        # several epochs on a batch, keep each obs and call agent() again, as pqn_atari.py does.
+        # through these forward passes; for several epochs, do it as pqn_atari.py does.
         q_values, next_values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
@@ -229,12 +234,10 @@ def train(args, make_env):
                 next_q_values = target(torch.as_tensor(obs, device=device))
                 next_values.append(next_q_values.amax(-1))
                 if last_obs is not None:
-                    # A time limit ended some games, and obs already shows their next ones. Their
-                    # returns are bootstrapped from the value of what they showed last.
+                    # A time limit ended games: returns need the value of their last observation.
                     last_q_values = target(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # This is decided before the update, because report() may lose a worker, and then this
-            # rollout must be dropped. A signal during the update counts in the next iteration.
+            # Before the update: if report() loses a worker, this rollout is dropped, too.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

@@ -60,7 +60,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 500_000  # agent steps, summed over the games
-    learning_rate: float = 3e-3  # at the start
+    learning_rate: float | None = None  # at the start; None: 0.003, more with more games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
@@ -70,6 +70,10 @@ class Args:  # the comments are the texts of --help
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     hidden_size: int = 64  # units of each of the two hidden layers
+
+    def __post_init__(self):
+        if self.learning_rate is None:  # grows with the square root of the games, above 32
+            self.learning_rate = 3e-3 * math.sqrt(max(1, self.num_envs / 32))
 
 
 # 1. ALGORITHM ====================================================================================
@@ -123,9 +127,8 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 # >>> shared: sample_actions
 def sample_actions(logits):
-    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). For continuous actions,
-    docs/forking.md changes Agent.policy, this function, action_logprobs and entropy in
-    compute_loss(), action_space.n in train(), make_env() and check_env()."""
+    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). What else continuous
+    actions change is in docs/forking.md."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -154,7 +157,10 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    return torch.optim.Adam(agent.parameters(), **settings, fused=True)
+    # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+    ratio = max(1, args.num_envs / 32)
+    betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
+    return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
 
 
 # <<< shared: optimizer
@@ -178,22 +184,19 @@ def train(args, make_env):
         restore(checkpoint, agent, optimizer, args)
     say(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, network on the {device}")
     obs = envs.start(args.seed, global_step, checkpoint.get("env_states"))  # (num_envs, obs_size)
-    # forward[t] is the network in pass t of a rollout: the agent itself or, on a GPU, a CUDA graph
-    # of it, which computes the same in less than half the time.
+    # forward[t] is the agent or, on a GPU, a CUDA graph of its pass t, at less than half the time.
     forward = repeat_agent(agent, args.num_steps + 1, torch.as_tensor(obs, device=device))
     log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
     batch_size = args.num_envs * args.num_steps
     is_last = global_step >= args.total_timesteps
     while not is_last:
-        # LEARNING RATE
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ROLLOUT: all games take num_steps steps with the same parameters. The update goes back
-        # through these forward passes, because new ones would compute the same numbers. To train
-        # several epochs on a batch, keep each obs and call agent() again, as pqn_atari.py does.
+        # through these forward passes; for several epochs, do it as pqn_atari.py does.
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
@@ -213,12 +216,10 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended some games, and obs already shows their next ones. Their
-                    # returns are bootstrapped from the value of what they showed last.
+                    # A time limit ended games: returns need the value of their last observation.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
-            # This is decided before the update, because report() may lose a worker, and then this
-            # rollout must be dropped. A signal during the update counts in the next iteration.
+            # Before the update: if report() loses a worker, this rollout is dropped, too.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

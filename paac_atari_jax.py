@@ -58,7 +58,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float = 1.5e-3  # at the start
+    learning_rate: float | None = None  # at the start; None: 0.0015, more with more games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
@@ -72,6 +72,10 @@ class Args:  # the comments are the texts of --help
     subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
+
+    def __post_init__(self):
+        if self.learning_rate is None:  # grows with the square root of the games, above 32
+            self.learning_rate = 1.5e-3 * math.sqrt(max(1, self.num_envs / 32))
 
 
 # 1. ALGORITHM ====================================================================================
@@ -193,7 +197,10 @@ def make_optimizer(args):
         start = {"initial_scale": 1.0, "eps_in_sqrt": True}
         scale = optax.scale_by_rms(0.99, args.optimizer_epsilon, **start)
     else:
-        scale = optax.scale_by_adam(eps=args.optimizer_epsilon)
+        # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+        ratio = max(1, args.num_envs / 32)
+        betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
+        scale = optax.scale_by_adam(*betas, eps=args.optimizer_epsilon)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), scale)
 
 
@@ -279,7 +286,6 @@ def train(args, make_env):
     batch_size = args.num_envs * args.num_steps
     is_last = global_step >= args.total_timesteps
     while not is_last:
-        # LEARNING RATE
         learning_rate = args.learning_rate
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
@@ -308,11 +314,9 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended some games, and obs already shows their next ones. Their
-                    # returns are bootstrapped from the value of what they showed last.
+                    # A time limit ended games: returns need the value of their last observation.
                     final_values[t] = compute_values(agent, params, last_obs)
-            # This is decided before the update, because report() may lose a worker, and then this
-            # rollout must be dropped. A signal during the update counts in the next iteration.
+            # Before the update: if report() loses a worker, this rollout is dropped, too.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

@@ -62,7 +62,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float = 2.5e-4  # at the start
+    learning_rate: float | None = None  # at the start; None: 0.00025, more with more games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 32  # steps per game and rollout
     num_epochs: int = 2  # passes over the steps of a rollout
@@ -79,6 +79,10 @@ class Args:  # the comments are the texts of --help
     subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; the paper: all layers
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
+
+    def __post_init__(self):
+        if self.learning_rate is None:  # grows with the square root of the games, above 32
+            self.learning_rate = 2.5e-4 * math.sqrt(max(1, self.num_envs / 32))
 
 
 # 1. ALGORITHM ====================================================================================
@@ -177,7 +181,10 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    return torch.optim.Adam(agent.parameters(), **settings, fused=True)
+    # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+    ratio = max(1, args.num_envs / 32)
+    betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
+    return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
 
 
 # <<< shared: optimizer
@@ -238,13 +245,11 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended some games, and obs already shows their next ones. Their
-                    # returns are bootstrapped from the value of what they showed last.
+                    # A time limit ended games: returns need the value of their last observation.
                     with torch.no_grad():
                         last_q_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # This is decided before the update, because report() may lose a worker, and then this
-            # rollout must be dropped. A signal during the update counts in the next iteration.
+            # Before the update: if report() loses a worker, this rollout is dropped, too.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

@@ -66,11 +66,12 @@ def test_an_update_equals_torchs(arch, optimizer):
     agent.mean_screen += 0 if paper else torch.rand(84, 84) * 255
     jax_agent = paac_atari_jax.Agent(6, arch, layer_norm=not paper)
     params, lr, eps, clip = to_jax(agent), 1e-3, 1e-2, 0.1
-    args = paac_atari_jax.Args(optimizer=optimizer, optimizer_epsilon=eps, max_grad_norm=clip)
+    # With more than 32 games Adam's betas are others.
+    flags = {"optimizer": optimizer, "optimizer_epsilon": eps, "num_envs": 96}
+    args = paac_atari_jax.Args(max_grad_norm=clip, **flags)
     jax_optimizer = paac_atari_jax.make_optimizer(args)
     opt_state = jax_optimizer.init(params)
-    optimizer_class = paac_atari.RMSpropTF if optimizer == "rmsprop" else torch.optim.Adam
-    torch_optimizer = optimizer_class(agent.parameters(), lr=lr, eps=eps)
+    torch_optimizer = paac_atari.make_optimizer(agent, paac_atari.Args(learning_rate=lr, **flags))
     for _ in range(3):
         obs = generator.integers(256, size=(5, 8, 4, 84, 84), dtype=np.uint8)
         next_obs = generator.integers(256, size=(8, 4, 84, 84), dtype=np.uint8)

@@ -1,6 +1,7 @@
 """PAAC: returns, loss, gradients and optimiser against numbers worked out by hand or by an
 independent reference."""
 
+import importlib
 from itertools import islice
 
 import numpy as np
@@ -340,3 +341,33 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
         for t, (_, last_shown, over, cut, _) in reversed(list(enumerate(steps))):
             after = rewards[t].numpy() + 0.99 * np.where(over, 0, np.where(cut, last_shown, after))
             np.testing.assert_allclose(returns[t], after, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "script, learning_rate",
+    [
+        ("paac_atari", 0.0015),
+        ("paac_atari_jax", 0.0015),
+        ("paac_atari_multigpu", 0.0015),
+        ("paac", 0.003),
+        ("nstep_q_atari", 0.0004),
+        ("one_step_q_atari", 0.0004),
+        ("one_step_sarsa_atari", 0.0004),
+        ("pqn_atari", 0.00025),
+    ],
+)
+def test_more_games_make_larger_steps(script, learning_rate):
+    Args = importlib.import_module(script).Args
+    assert Args().learning_rate == Args(num_envs=8).learning_rate == learning_rate
+    assert Args(num_envs=128).learning_rate == pytest.approx(2 * learning_rate)
+    assert Args(num_envs=128, learning_rate=0.1).learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "num_envs, betas",
+    [(8, (0.9, 0.999)), (32, (0.9, 0.999)), (128, (0.6, 0.996)), (1000, (0.0, 0.96875))],
+)
+def test_adams_averages_last_as_many_steps_with_more_games(num_envs, betas):
+    agent = torch.nn.Linear(1, 1)
+    optimizer = paac_atari.make_optimizer(agent, paac_atari.Args(num_envs=num_envs))
+    assert optimizer.param_groups[0]["betas"] == pytest.approx(betas)
