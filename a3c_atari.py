@@ -150,8 +150,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 # >>> shared: sample_actions
 def sample_actions(logits):
-    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). What else continuous
-    actions change is in docs/forking.md."""
+    """Draw actions (num_envs,) from logits (num_envs, num_actions). Continuous: docs/forking.md."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -187,7 +186,7 @@ LOSSES = (  # tags of what an actor-learner reports of its last update
 
 
 class Shared:
-    """What all processes share. Of the optimizer it is square_avg; learning rates are their own."""
+    """What all processes share. Of the optimizer, that is square_avg, but not the learning rate."""
 
     def __init__(self, agent, optimizer, num_envs):
         self.agent = agent.share_memory()

@@ -59,7 +59,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float | None = None  # at the start; None: 0.0004, more with more games
+    learning_rate: float | None = None  # None: 0.0004, times sqrt(num_envs / 32) above 32 games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 1  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
@@ -76,7 +76,7 @@ class Args:  # the comments are the texts of --help
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
     def __post_init__(self):
-        if self.learning_rate is None:  # grows with the square root of the games, above 32
+        if self.learning_rate is None:
             self.learning_rate = 4e-4 * math.sqrt(max(1, self.num_envs / 32))
 
 
@@ -169,7 +169,7 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+    # An update of more games is more steps, so Adam must forget faster (Malladi et al. 2022).
     ratio = max(1, args.num_envs / 32)
     betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
     return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
@@ -197,7 +197,7 @@ def train(args, make_env):
         target.load_state_dict(checkpoint.get("target", checkpoint["agent"]))
     say(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, network on the {device}")
     obs = envs.start(args.seed, global_step, checkpoint.get("env_states"))  # (num_envs, 4, 84, 84)
-    # forward[t] is the agent or, on a GPU, a CUDA graph of its pass t, at less than half the time.
+    # forward[t](obs) is agent(obs). On a GPU, a CUDA graph does it in less than half the time.
     forward = repeat_agent(agent, args.num_steps, torch.as_tensor(obs, device=device))
     final_epsilons = np.resize(args.final_epsilons, args.num_envs)  # repeats them
     final_epsilons = torch.tensor(final_epsilons, dtype=torch.float32, device=device)
@@ -213,7 +213,7 @@ def train(args, make_env):
         epsilons = 1 - (1 - final_epsilons) * min(1.0, global_step / args.exploration_steps)
 
         # ROLLOUT: all games take num_steps steps with the same parameters. The update goes back
-        # through these forward passes; for several epochs, do it as pqn_atari.py does.
+        # through these passes. To learn from them several times, repeat them, as pqn_atari.py does.
         q_values, next_values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
@@ -237,7 +237,7 @@ def train(args, make_env):
                     # A time limit ended games: returns need the value of their last observation.
                     last_q_values = target(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # Before the update: if report() loses a worker, this rollout is dropped, too.
+            # All this comes before the update: if report() loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

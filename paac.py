@@ -60,7 +60,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 500_000  # agent steps, summed over the games
-    learning_rate: float | None = None  # at the start; None: 0.003, more with more games
+    learning_rate: float | None = None  # None: 0.003, times sqrt(num_envs / 32) above 32 games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
@@ -72,7 +72,7 @@ class Args:  # the comments are the texts of --help
     hidden_size: int = 64  # units of each of the two hidden layers
 
     def __post_init__(self):
-        if self.learning_rate is None:  # grows with the square root of the games, above 32
+        if self.learning_rate is None:
             self.learning_rate = 3e-3 * math.sqrt(max(1, self.num_envs / 32))
 
 
@@ -127,8 +127,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 # >>> shared: sample_actions
 def sample_actions(logits):
-    """Draw from softmax(logits): (num_envs, num_actions) -> (num_envs,). What else continuous
-    actions change is in docs/forking.md."""
+    """Draw actions (num_envs,) from logits (num_envs, num_actions). Continuous: docs/forking.md."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
@@ -157,7 +156,7 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+    # An update of more games is more steps, so Adam must forget faster (Malladi et al. 2022).
     ratio = max(1, args.num_envs / 32)
     betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
     return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
@@ -184,7 +183,7 @@ def train(args, make_env):
         restore(checkpoint, agent, optimizer, args)
     say(f"{run_dir}: {args.num_envs} games on {args.num_workers} workers, network on the {device}")
     obs = envs.start(args.seed, global_step, checkpoint.get("env_states"))  # (num_envs, obs_size)
-    # forward[t] is the agent or, on a GPU, a CUDA graph of its pass t, at less than half the time.
+    # forward[t](obs) is agent(obs). On a GPU, a CUDA graph does it in less than half the time.
     forward = repeat_agent(agent, args.num_steps + 1, torch.as_tensor(obs, device=device))
     log = Log(args, run_dir, global_step, checkpoint.get("recent_scores", []))
     batch_size = args.num_envs * args.num_steps
@@ -196,7 +195,7 @@ def train(args, make_env):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ROLLOUT: all games take num_steps steps with the same parameters. The update goes back
-        # through these forward passes; for several epochs, do it as pqn_atari.py does.
+        # through these passes. To learn from them several times, repeat them, as pqn_atari.py does.
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
@@ -219,7 +218,7 @@ def train(args, make_env):
                     # A time limit ended games: returns need the value of their last observation.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
-            # Before the update: if report() loses a worker, this rollout is dropped, too.
+            # All this comes before the update: if report() loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

@@ -58,7 +58,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float | None = None  # at the start; None: 0.0015, more with more games
+    learning_rate: float | None = None  # None: 0.0015, times sqrt(num_envs / 32) above 32 games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
@@ -74,7 +74,7 @@ class Args:  # the comments are the texts of --help
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
     def __post_init__(self):
-        if self.learning_rate is None:  # grows with the square root of the games, above 32
+        if self.learning_rate is None:
             self.learning_rate = 1.5e-3 * math.sqrt(max(1, self.num_envs / 32))
 
 
@@ -197,7 +197,7 @@ def make_optimizer(args):
         start = {"initial_scale": 1.0, "eps_in_sqrt": True}
         scale = optax.scale_by_rms(0.99, args.optimizer_epsilon, **start)
     else:
-        # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+        # An update of more games is more steps, so Adam must forget faster (Malladi et al. 2022).
         ratio = max(1, args.num_envs / 32)
         betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
         scale = optax.scale_by_adam(*betas, eps=args.optimizer_epsilon)
@@ -316,7 +316,7 @@ def train(args, make_env):
                 if last_obs is not None:
                     # A time limit ended games: returns need the value of their last observation.
                     final_values[t] = compute_values(agent, params, last_obs)
-            # Before the update: if report() loses a worker, this rollout is dropped, too.
+            # All this comes before the update: if report() loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)

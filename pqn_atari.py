@@ -62,7 +62,7 @@ class Args:  # the comments are the texts of --help
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
-    learning_rate: float | None = None  # at the start; None: 0.00025, more with more games
+    learning_rate: float | None = None  # None: 0.00025, times sqrt(num_envs / 32) above 32 games
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 32  # steps per game and rollout
     num_epochs: int = 2  # passes over the steps of a rollout
@@ -81,7 +81,7 @@ class Args:  # the comments are the texts of --help
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
     def __post_init__(self):
-        if self.learning_rate is None:  # grows with the square root of the games, above 32
+        if self.learning_rate is None:
             self.learning_rate = 2.5e-4 * math.sqrt(max(1, self.num_envs / 32))
 
 
@@ -181,7 +181,7 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    # With more games its averages last fewer updates, as many steps: Malladi et al. 2022.
+    # An update of more games is more steps, so Adam must forget faster (Malladi et al. 2022).
     ratio = max(1, args.num_envs / 32)
     betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
     return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
@@ -249,7 +249,7 @@ def train(args, make_env):
                     with torch.no_grad():
                         last_q_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # Before the update: if report() loses a worker, this rollout is dropped, too.
+            # All this comes before the update: if report() loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
