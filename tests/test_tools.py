@@ -250,6 +250,23 @@ def test_a_band_only_where_all_seeds_have_points(tmp_path, monkeypatch, capsys):
     assert "its seeds share no agent steps" in capsys.readouterr().err
 
 
+def test_an_algorithm_has_one_colour_in_all_panels(tmp_path, monkeypatch):
+    colors, line = [], plot.plt.Axes.plot
+
+    def draw_line(axis, *args, **options):
+        (drawn,) = line(axis, *args, **options)
+        colors.append((options["label"], drawn.get_color()))
+
+    monkeypatch.setattr(plot.plt.Axes, "plot", draw_line)
+    breakout = {"env_id": "BreakoutNoFrameskip-v4"}
+    first = make_run("first", [10, 20], [1, 2], exp_name="first", **breakout)
+    here = make_run("here", [10, 20], [1, 2], exp_name="both", **breakout)
+    there = make_run("there", [10, 20], [1, 2], exp_name="both")
+    plotted(first, here, there)
+    assert [label for label, _ in colors] == ["first", "both", "both"]
+    assert colors[0][1] != colors[1][1] == colors[2][1]
+
+
 def test_plot_refuses_at_once(tmp_path):
     assert "2 labels for 1 runs" in fails(plot.main, plot.Args(["x"], labels=["a", "b"]))
     assert "--smooth 0" in fails(plot.main, plot.Args(["x"], smooth=0))

@@ -14,6 +14,7 @@ seeds have points. A point is the mean score of the games that ended since the p
 """
 
 import csv
+import itertools
 import logging
 import math
 import sys
@@ -168,7 +169,7 @@ def cut_files(curves):
     return kept
 
 
-def draw_line(axis, label, seeds):
+def draw_line(axis, label, seeds, color):
     """The mean of the seeds, and the range between the lowest and the highest."""
     style = "-" if seeds[0].seed else "--"  # published curves have no seed
     start = max(curve.x[0] for curve in seeds)
@@ -176,15 +177,14 @@ def draw_line(axis, label, seeds):
     if start > end:
         print(f"{label}: its seeds share no {axis.get_xlabel()}: a line each", file=sys.stderr)
         for curve in seeds:
-            axis.plot(curve.x, curve.y, style, label=f"{label}, seed {curve.seed}")
+            axis.plot(curve.x, curve.y, style, color=color, label=f"{label}, seed {curve.seed}")
         return
     if len(seeds) == 1:
-        axis.plot(seeds[0].x, seeds[0].y, style, label=label)
+        axis.plot(seeds[0].x, seeds[0].y, style, color=color, label=label)
         return
     grid = np.linspace(start, end, 500)
     values = np.stack([np.interp(grid, curve.x, curve.y) for curve in seeds])
-    (line,) = axis.plot(grid, values.mean(0), style, label=f"{label} ({len(seeds)} seeds)")
-    color = line.get_color()
+    axis.plot(grid, values.mean(0), style, color=color, label=f"{label} ({len(seeds)} seeds)")
     axis.fill_between(grid, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
@@ -192,6 +192,9 @@ def draw(curves, args):
     panels = defaultdict(lambda: defaultdict(list))  # of each game and label, the seeds
     for curve in curves:
         panels[curve.env_id][curve.label].append(curve)
+    labels = list(dict.fromkeys(curve.label for curve in curves))
+    palette = plt.get_cmap("tab10" if len(labels) <= 10 else "tab20").colors
+    colors = dict(zip(labels, itertools.cycle(palette)))  # the same in all panels
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
     size = (6 * columns, 4 * rows)
@@ -203,10 +206,8 @@ def draw(curves, args):
         axis.set_title(env_id)
         axis.set_xlabel(units[args.x])
         axis.set_ylabel("score" if args.tag == "charts/episodic_return" else args.tag)
-        if len(lines) > 10:  # the default has ten colours
-            axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for label, seeds in lines.items():
-            draw_line(axis, label, seeds)
+            draw_line(axis, label, seeds, colors[label])
         axis.grid(alpha=0.3)
         axis.legend()
         if args.x != "hours":
