@@ -8,12 +8,8 @@ scaling.png, and prints the tables, the fitted model and what it predicts for la
 """
 
 import json
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +23,7 @@ import tyro
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path.insert(0, str(ROOT / "utils"))
-from plot import read_tags
-from throughput import CORES, hardware, in_turn, speed_and_split, wait_for_points
+from throughput import CORES, hardware, in_turn, measure_training
 
 STEPS_PER_UPDATE = 5  # of each game
 GAMES = [16, 32, 64, 128, 256, 512]
@@ -93,22 +88,11 @@ def measure(point, args):
         command += ["--nproc-per-node", point.ranks, ROOT / "paac_atari_multigpu.py"]
     command += ["--num-envs", point.num_envs, "--num-workers", point.workers, "--arch", args.arch]
     command += ["--log-interval", max(1000, 2 * STEPS_PER_UPDATE * point.num_envs)]
-    command = [str(part) for part in command]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "log")
-        with open(log, "w") as file:
-            process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file)
-        try:
-            wait_for_points(process, log, 1)
-            time.sleep(args.seconds)
-            wait_for_points(process, log, 6)  # slow ones get longer
-            gigabytes = memory(process.pid)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-        (run_dir,) = Path(folder).glob("runs/*")
-        speed, split = speed_and_split(read_tags(run_dir))
-    return {"speed": speed, "memory": gigabytes, **split}
+    gigabytes = []
+    speed, split = measure_training(
+        command, args.seconds, lambda process: gigabytes.append(memory(process.pid))
+    )
+    return {"speed": speed, "memory": gigabytes[0], **split}
 
 
 # the model ----------------------------------------------------------------------------------------

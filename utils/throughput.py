@@ -215,7 +215,12 @@ def train_speed(args, script, num_envs, network):
     if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):
         flags += ["--num-workers", args.num_workers]
     flags += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
-    command = [str(part) for part in [sys.executable, ROOT / f"{script}.py", *flags]]
+    return measure_training([sys.executable, ROOT / f"{script}.py", *flags], args.train_seconds)
+
+
+def measure_training(command, seconds, before_the_end=lambda process: None):
+    """Speed and split of a training that goes on for so many seconds after its first point."""
+    command = [str(part) for part in command]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with open(log, "w") as file:
@@ -223,8 +228,9 @@ def train_speed(args, script, num_envs, network):
             process = subprocess.Popen(command, cwd=folder, **options)
         try:
             wait_for_points(process, log, 1)
-            time.sleep(args.train_seconds)
+            time.sleep(seconds)
             wait_for_points(process, log, 6)  # slow ones get longer
+            before_the_end(process)
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()
