@@ -88,11 +88,13 @@ def measure(point, args):
         command += ["--nproc-per-node", point.ranks, ROOT / "paac_atari_multigpu.py"]
     command += ["--num-envs", point.num_envs, "--num-workers", point.workers, "--arch", args.arch]
     command += ["--log-interval", max(1000, 2 * STEPS_PER_UPDATE * point.num_envs)]
-    gigabytes = []
-    speed, split = measure_training(
-        command, args.seconds, lambda process: gigabytes.append(memory(process.pid))
-    )
-    return {"speed": speed, "memory": gigabytes[0], **split}
+    row = {}
+
+    def note_memory(process):
+        row["memory"] = memory(process.pid)
+
+    row["speed"], split = measure_training(command, args.seconds, note_memory)
+    return row | split
 
 
 # the model ----------------------------------------------------------------------------------------
@@ -105,19 +107,11 @@ def milliseconds(row, part):
 
 
 def least_squares(inputs, targets):
-    """Coefficients with the smallest relative errors, none of them negative: where one would be,
-    it is left out."""
+    """The coefficients whose sums of inputs have the smallest relative errors."""
     inputs, targets = np.array(inputs, float), np.array(targets, float)
     scaled = inputs / targets[:, None]
-    used = list(range(inputs.shape[1]))
-    while True:
-        coefficients, *_ = np.linalg.lstsq(scaled[:, used], np.ones(len(targets)), rcond=None)
-        if coefficients.min() >= 0:
-            break
-        used.pop(int(coefficients.argmin()))
-    result = np.zeros(inputs.shape[1])
-    result[used] = coefficients
-    return result
+    coefficients, *_ = np.linalg.lstsq(scaled, np.ones(len(targets)), rcond=None)
+    return coefficients
 
 
 def inputs_of(part, num_envs, workers, cores):
@@ -131,12 +125,16 @@ def inputs_of(part, num_envs, workers, cores):
     return [1, steps]
 
 
-def fit(rows):
-    """{part: milliseconds per unit of each of its inputs}, from the points with one rank. Those
-    with 512 games are left out: glibc gives arrays over 32 MiB back after each use, which costs
+def is_fitted(row):
+    """One rank, and not 512 games: glibc gives arrays over 32 MiB back after each use, which costs
     time that the model does not know."""
+    return row["series"] != "ranks" and row["num_envs"] <= 256
+
+
+def fit(rows):
+    """{part: milliseconds per unit of each of its inputs}"""
     model = {}
-    rows = [row for row in rows if row["series"] != "ranks" and row["num_envs"] <= 256]
+    rows = [row for row in rows if is_fitted(row)]
     for part in ("env", "act", "learn"):
         inputs = [inputs_of(part, row["num_envs"], row["workers"], CORES) for row in rows]
         targets = [milliseconds(row, part) for row in rows]
@@ -163,12 +161,9 @@ REDUCE_MACHINE_MS = 0.1
 REDUCE_NETWORK_MS = 0.6
 
 
-def report(rows, model, args):
+def report(rows, model):
     print("\n| | | steps/s | model | memory, GiB |\n|:--|--:|--:|--:|--:|")
     for row in rows:
-        row["model"] = None
-        if row["series"] != "ranks":
-            row["model"] = predicted_speed(model, row["num_envs"], row["workers"], CORES)
         modelled = f"{row['model']:,.0f}" if row["model"] else ""
         cells = [row["series"], str(row["x"]), f"{row['speed']:,.0f}", modelled]
         print(f"| {' | '.join(cells)} | {row['memory']:.2f} |")
@@ -179,8 +174,8 @@ def report(rows, model, args):
     print(f"{per_message:.3f} per message to a worker and back")
     print(f"{model['act'][0]:.3f} per pass that acts, and {model['act'][1]:.4f} per game in it")
     print(f"{model['learn'][0]:.3f} per update, and {model['learn'][1]:.4f} per step in it")
-    errors = [abs(row["model"] / row["speed"] - 1) for row in rows if row["model"]]
-    print(f"largest error of the speed: {100 * max(errors):.0f} %")
+    errors = [abs(row["model"] / row["speed"] - 1) for row in rows if is_fitted(row)]
+    print(f"largest error of the speed, without 512 games: {100 * max(errors):.0f} %")
 
     one = next(row for row in rows if row["series"] == "ranks" and row["ranks"] == 1)
     for row in rows:
@@ -191,6 +186,8 @@ def report(rows, model, args):
             ]
             print(f"{row['ranks']} ranks, milliseconds per update: {', '.join(parts)}")
 
+
+def predict(model):
     print("\nprediction for GPUs with 16 cores each")
     print("| GPUs | games of each | steps/s |\n|--:|--:|--:|")
     gpu = {"env": model["env"], "act": [GPU_ACT_MS, 0], "learn": [GPU_UPDATE_MS, 0]}
@@ -203,7 +200,8 @@ def report(rows, model, args):
 def figure(rows, arch):
     shared = {"sharex": "col", "sharey": "row", "layout": "constrained"}
     fig, axes = plt.subplots(2, 3, figsize=(12, 6), **shared)
-    for column, series in enumerate(["games", "workers", "ranks"]):
+    labels = {"games": "games", "workers": "workers", "ranks": "ranks, 32 games each"}
+    for column, (series, label) in enumerate(labels.items()):
         chosen = [row for row in rows if row["series"] == series]
         x = [row["x"] for row in chosen]
         speed, gigabytes = axes[:, column]
@@ -214,7 +212,7 @@ def figure(rows, arch):
         gigabytes.plot(x, [row["memory"] for row in chosen], marker="o", color="tab:green")
         gigabytes.set_xscale("log", base=2)
         gigabytes.set_xticks(x, x)
-        gigabytes.set_xlabel({"ranks": "ranks, 32 games each"}.get(series, series))
+        gigabytes.set_xlabel(label)
     axes[0, 0].set_ylabel(f"steps/s, {arch}, {CORES} cores")
     axes[1, 0].set_ylabel("memory, GiB")
     for axis in axes.flat:
@@ -235,7 +233,13 @@ def main(args):
             rows.append({**vars(point), "x": point.x, **medians})
         content = {"hardware": hardware(), "arch": args.arch, "points": rows}
         path.write_text(json.dumps(content, indent=1) + "\n")
-    report(rows, fit(rows), args)
+    model = fit(rows)
+    for row in rows:
+        row["model"] = None  # of several ranks on one machine there is none
+        if row["series"] != "ranks":
+            row["model"] = predicted_speed(model, row["num_envs"], row["workers"], CORES)
+    report(rows, model)
+    predict(model)
     figure(rows, args.arch)
 
 

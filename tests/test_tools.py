@@ -264,7 +264,9 @@ def test_an_algorithm_has_one_colour_in_all_panels(tmp_path, monkeypatch):
     there = make_run("there", [10, 20], [1, 2], exp_name="both")
     plotted(first, here, there)
     assert [label for label, _ in colors] == ["first", "both", "both"]
-    assert colors[0][1] != colors[1][1] == colors[2][1]
+    color_of_first, color_here, color_there = [color for _, color in colors]
+    assert color_here == color_there
+    assert color_of_first != color_here
 
 
 def test_plot_refuses_at_once(tmp_path):

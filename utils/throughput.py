@@ -219,7 +219,8 @@ def train_speed(args, script, num_envs, network):
 
 
 def measure_training(command, seconds, before_the_end=lambda process: None):
-    """Speed and split of a training that goes on for so many seconds after its first point."""
+    """Speed and split of a training that goes on for so many seconds after its first point.
+    before_the_end(process) is called while it still runs."""
     command = [str(part) for part in command]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
