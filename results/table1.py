@@ -1,29 +1,64 @@
 """The twelve games of the PAAC paper: paac_atari.py's default after 10M steps beside everything
-published. A row appears when a run of its game has been evaluated:
+published. All of it, 17 hours of a core per seed:
 
-    python utils/benchmark.py --games Pong Breakout --seeds 1 2           # any games and seeds
-    python utils/evaluate.py runs/NAME --json results/table1_Pong_1.json  # of each, when it is done
-    python results/table1.py                                              # writes results/table1.md
+    python utils/benchmark.py --games Amidar BeamRider Boxing Breakout Centipede MsPacman \\
+        NameThisGame Pong Qbert Seaquest SpaceInvaders UpNDown --seeds 1 2 3
+    python results/table1.py runs/*NoFrameskip-v4__paac_atari__*
+
+The second line keeps the curve of each run in table1_curves.csv, lets each finished run play 30
+games (table1_GAME_SEED.json), and writes table1.md and table1.png from these files. Without runs it
+only writes the latter two.
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import matplotlib
 import numpy as np
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 RESULTS = Path(__file__).resolve().parent
-sys.path.insert(0, str(RESULTS.parent / "utils"))
+sys.path[:0] = [str(RESULTS.parent / "utils"), str(RESULTS.parent)]
+import evaluate
+import plot
 from benchmark import PUBLISHED, published
-from evaluate import human_normalised
+
+import paac_atari
 
 GAMES = ["Amidar", "BeamRider", "Boxing", "Breakout", "Centipede", "MsPacman", "NameThisGame"]
 GAMES += ["Pong", "Qbert", "Seaquest", "SpaceInvaders", "UpNDown"]
 STEPS = 10_000_000
+SUFFIX = "NoFrameskip-v4"
 COLUMNS = [name for name in PUBLISHED if name not in ("random", "human")]
+A2C = [name for name in COLUMNS if name.startswith("A2C") and name.endswith("10M")]
+CURVES = RESULTS / "table1_curves.csv"
+TAG = "charts/episodic_return"
+SMOOTH = 20  # points of a curve
+
+
+def collect(run):
+    """Keep the run's curve and, if it is finished and has not done so yet, let it play 30 games."""
+    flags = plot.read_flags(run)
+    x, scores = plot.read_run(run, TAG, SMOOTH)
+    curves = plot.read_csv(CURVES, TAG, "steps") if CURVES.exists() else []
+    kept = []
+    for curve in curves:
+        if (curve.env_id, curve.seed) != (flags["env_id"], flags["seed"]):
+            kept.append(curve)
+    kept.append(plot.Curve(flags["env_id"], "paac_atari", flags["seed"], x["steps"], scores))
+    kept.sort(key=lambda curve: (curve.env_id, int(curve.seed)))
+    plot.write_csv(CURVES, kept, TAG, "steps")
+    game = flags["env_id"].removesuffix(SUFFIX)
+    path = RESULTS / f"table1_{game}_{flags['seed']}.json"
+    if paac_atari.load_checkpoint(run)["global_step"] == STEPS and not path.exists():
+        evaluate.evaluate(evaluate.Args(str(run), json=str(path)))
 
 
 def read_scores():
@@ -35,7 +70,7 @@ def read_scores():
         evaluation = json.loads(path.read_text())
         if evaluation["global_step"] != STEPS or evaluation["policy"] != "sampled":
             sys.exit(f"{path}: not of an agent that was trained for {STEPS:,} steps, or greedy")
-        game = evaluation["env_id"].removesuffix("NoFrameskip-v4")
+        game = evaluation["env_id"].removesuffix(SUFFIX)
         means[game].append(evaluation["mean"])
         errors[game].append(evaluation["standard_error"])
     return means, errors
@@ -70,53 +105,105 @@ def describe(game, means, errors):
     error = errors[0]  # of one seed's 30 games; of several seeds, their spread counts
     if len(means) > 1:
         error = np.std(means, ddof=1) / len(means) ** 0.5
-    normalised = human_normalised(f"{game}NoFrameskip-v4", np.mean(means))
+    normalised = evaluate.human_normalised(f"{game}{SUFFIX}", np.mean(means))
     score = f"**{show(np.mean(means))}** +- {show(error)}"
     return [game, str(len(means)), score, f"{normalised:,.0f}"]
 
 
-def count_ahead(means, others, column):
-    """On how many of the games for which the column has a score ours is at least as high."""
-    games = [game for game in means if column in others[game]]
-    if not games:
-        return ""
-    ahead = [np.mean(means[game]) >= others[game][column] for game in games]
-    return f"{sum(ahead)} of {len(games)}"
+def count_ahead(means, others, columns):
+    """On how many of the games for which these columns have a score ours is at least as high as
+    the highest of them."""
+    ahead = []
+    for game in means:
+        scores = [others[game][column] for column in columns if column in others[game]]
+        if scores:
+            ahead.append(np.mean(means[game]) >= max(scores))
+    return f"{sum(ahead)} of {len(ahead)}" if ahead else ""
 
 
-def summarise(means):
-    """One line about the human-normalised scores of all games."""
+def summarise(means, others):
+    """Two sentences about the scores of all games."""
     normalised = []  # of each game, those of its seeds
     for game in means:
-        env_id = f"{game}NoFrameskip-v4"
-        normalised.append([human_normalised(env_id, mean) for mean in means[game]])
+        env_id = f"{game}{SUFFIX}"
+        normalised.append([evaluate.human_normalised(env_id, mean) for mean in means[game]])
     by_game = np.array([np.mean(seeds) for seeds in normalised])
     line = f"Games: {len(by_game)} of {len(GAMES)}. Human-normalised: median "
     line += f"{np.median(by_game):.0f} %, interquartile mean {interquartile_mean(by_game):.0f} %"
     if min(map(len, normalised)) >= 3:
         low, high = bootstrap(np.array([seeds[:3] for seeds in normalised]))
         line += f" (95 % of a bootstrap over 3 seeds: {low:.0f} to {high:.0f} %)"
-    return f"{line}."
+    ahead = count_ahead(means, others, A2C)
+    return f"{line}. Ours is ahead of the highest A2C score after 10M steps, or level, on {ahead}."
 
 
-def main():
-    gym.register_envs(ale_py)
-    means, errors = read_scores()
-    if not means:
-        sys.exit(f"there is no {RESULTS}/table1_*.json")
-    others = {game: published(f"{game}NoFrameskip-v4") for game in means}
+def write_table(means, errors):
+    others = {game: published(f"{game}{SUFFIX}") for game in means}
     rows = [["game", "seeds", "ours, 10M", "human-normalised %", *PUBLISHED]]
     rows.append([":--", *["--:"] * (len(rows[0]) - 1)])
     for game in GAMES:
         if game in means:
             scores = [show(others[game].get(column)) for column in PUBLISHED]
             rows.append([*describe(game, means[game], errors[game]), *scores])
-    counts = [count_ahead(means, others, column) for column in COLUMNS]
+    counts = [count_ahead(means, others, [column]) for column in COLUMNS]
     rows.append(["ours is ahead, or level", "", "", "", "", "", *counts])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    text = f"{table}\n{summarise(means)}\n"
+    text = f"{table}\n{summarise(means, others)}\n"
     (RESULTS / "table1.md").write_text(text)
     print(text, end="")
+
+
+def draw_figure():
+    """A panel per game: each seed, the seeds' mean as far as all of them have come, and what A2C,
+    PPO and PAAC are published to reach."""
+    curves = defaultdict(list)
+    for curve in plot.read_csv(CURVES, TAG, "steps"):
+        curves[curve.env_id.removesuffix(SUFFIX)].append(curve)
+    games = [game for game in GAMES if game in curves]
+    rows = math.ceil(len(games) / 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(16, 3 * rows + 0.6), layout="constrained")
+    for axis in axes.flat[len(games) :]:
+        axis.remove()
+    for axis, game in zip(axes.flat, games):
+        draw_panel(axis, game, curves[game])
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    figure.savefig(RESULTS / "table1.png", dpi=100)
+
+
+def draw_panel(axis, game, seeds):
+    for seed in seeds:
+        axis.plot(seed.x, seed.y, color="C0", alpha=0.4, linewidth=0.8)
+    start = max(seed.x[0] for seed in seeds)
+    end = min(seed.x[-1] for seed in seeds)
+    grid = np.linspace(start, end, 500)
+    mean = np.mean([np.interp(grid, seed.x, seed.y) for seed in seeds], axis=0)
+    axis.plot(grid, mean, color="C0", label="paac_atari.py")
+    scores = published(f"{game}{SUFFIX}")
+    a2c = max(scores[name] for name in A2C if name in scores)
+    ppo = scores["PPO (CleanRL), 10M"]
+    paac = scores["PAAC nips, 115M"]
+    style = {"linestyle": "--", "linewidth": 1}
+    axis.axhline(a2c, color="C1", label="best published A2C, 10M steps", **style)
+    axis.axhline(ppo, color="C2", label="PPO of CleanRL, 10M steps", **style)
+    axis.axhline(paac, color="C3", label="PAAC of the paper, nips, 115M steps", **style)
+    axis.set_title(f"{game}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
+    axis.set_xlabel("agent steps")
+    axis.set_ylabel("score")
+    axis.grid(alpha=0.3)
+    axis.set_xlim(0, STEPS)
+    axis.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+
+
+def main():
+    gym.register_envs(ale_py)
+    for run in sys.argv[1:]:
+        collect(Path(run))
+    means, errors = read_scores()
+    if not means:
+        sys.exit(f"there is no {RESULTS}/table1_*.json")
+    write_table(means, errors)
+    draw_figure()
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ PUBLISHED = {  # column: (file, column of the file)
     "PPO, 10M": ("atari_scores.csv", "ppo_10Msteps_ppo_paper"),
     "A2C (SB2 zoo), 10M": ("a2c_zoo.csv", "sb2_zoo"),
     "A2C (SB3 zoo), 10M": ("a2c_zoo.csv", "sb3_zoo"),
+    "A2C GAE (SLM-Lab), 10M": ("slm_lab.csv", "a2c_gae"),
+    "A2C n-step (SLM-Lab), 10M": ("slm_lab.csv", "a2c_nstep"),
     "PPO (CleanRL), 10M": ("cleanrl.csv", "ppo"),
     "PQN (CleanRL), 10M": ("cleanrl.csv", "pqn"),
     "PAAC nips, 115M": ("paac_table1.csv", "paac_arch_nips"),

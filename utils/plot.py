@@ -122,6 +122,16 @@ def read_csv(path, tag, x):
     return [Curve(*key, *np.array(values).T) for key, values in points.items()]
 
 
+def write_csv(path, curves, tag, x):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["env_id", "label", "seed", x, tag])
+        for curve in curves:
+            for x_value, y_value in zip(curve.x, curve.y):
+                key = (curve.env_id, curve.label, curve.seed)
+                writer.writerow([*key, f"{x_value:g}", f"{y_value:.4g}"])
+
+
 def read_curves(args):
     """The curves of all runs and files, in the order in which they were named."""
     curves = []
@@ -232,13 +242,7 @@ def main(args):
     draw(curves, args)
     print(args.out)
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["env_id", "label", "seed", args.x, args.tag])
-            for curve in curves:
-                for x, y in zip(curve.x, curve.y):
-                    key = (curve.env_id, curve.label, curve.seed)
-                    writer.writerow([*key, f"{x:g}", f"{y:.4g}"])
+        write_csv(args.csv, curves, args.tag, args.x)
 
 
 if __name__ == "__main__":
