@@ -1,0 +1,51 @@
+"""Trained agents side by side in one GIF, three in a row:
+
+    python results/mosaic.py results/mosaic.gif 30 trained/pong.pt trained/breakout.pt trained/boxing.pt
+
+plays each for so many seconds at the game's own speed. One whose game ends earlier stands still.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageSequence
+
+EVALUATE = Path(__file__).resolve().parent.parent / "utils" / "evaluate.py"
+PER_ROW = 3
+WIDTH, HEIGHT = 160, 210
+COLORS = 64
+MILLISECONDS = 67  # between two actions, which are four frames apart
+
+
+def record(agent, seconds, path):
+    """The frames of one game."""
+    command = [sys.executable, EVALUATE, agent, "--episodes", "1"]
+    command += ["--video", path, "--video-seconds", seconds]
+    subprocess.run(list(map(str, command)), check=True)
+    with Image.open(path) as gif:
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
+
+
+def main():
+    out, seconds, *agents = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        games = [record(agent, seconds, Path(folder, "game.gif")) for agent in agents]
+    rows = -(-len(games) // PER_ROW)
+    frames = []
+    for i in range(max(map(len, games))):
+        frame = Image.new("RGB", (PER_ROW * WIDTH, rows * HEIGHT))
+        for k, game in enumerate(games):
+            corner = (k % PER_ROW * WIDTH, k // PER_ROW * HEIGHT)
+            frame.paste(game[min(i, len(game) - 1)], corner)
+        frames.append(frame)
+    # One palette for all frames: colours that change from frame to frame would make the file larger.
+    palette = frames[len(frames) // 2].quantize(COLORS)
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0)
+    print(f"{out}: {Path(out).stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()
