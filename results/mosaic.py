@@ -1,6 +1,6 @@
 """Trained agents side by side in one GIF, three in a row:
 
-    python results/mosaic.py results/mosaic.gif 30 trained/pong.pt trained/breakout.pt trained/boxing.pt
+    python results/mosaic.py results/mosaic.gif 30 trained/pong.pt trained/breakout.pt
 
 plays each for so many seconds at the game's own speed. One whose game ends earlier stands still.
 """
@@ -40,7 +40,7 @@ def main():
             corner = (k % PER_ROW * WIDTH, k // PER_ROW * HEIGHT)
             frame.paste(game[min(i, len(game) - 1)], corner)
         frames.append(frame)
-    # One palette for all frames: colours that change from frame to frame would make the file larger.
+    # One palette for all frames: with one each, the file would be larger.
     palette = frames[len(frames) // 2].quantize(COLORS)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     frames[0].save(out, save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0)
