@@ -106,7 +106,8 @@ def interquartile_mean(values):
 
 def bootstrap(scores, num_samples=10_000):
     """95 % interval of the interquartile mean of scores (games, seeds): the seeds of each game are
-    drawn anew, with replacement."""
+    drawn anew, with replacement. rliable 1.2.0 gives the same; it is not imported because arch, on
+    which it rests, does not work with pandas 3."""
     rng = np.random.default_rng(0)
     games, seeds = scores.shape
     drawn = rng.integers(seeds, size=(num_samples, games, seeds))
@@ -148,12 +149,15 @@ def summarise(means, others):
     for game in means:
         env_id = f"{game}{SUFFIX}"
         normalised.append([evaluate.human_normalised(env_id, mean) for mean in means[game]])
-    by_game = np.array([np.mean(seeds) for seeds in normalised])
-    line = f"Games: {len(by_game)} of {len(GAMES)}. Human-normalised: median "
-    line += f"{np.median(by_game):.0f} %, interquartile mean {interquartile_mean(by_game):.0f} %"
-    if min(map(len, normalised)) >= 3:
-        low, high = bootstrap(np.array([seeds[:3] for seeds in normalised]))
-        line += f" (95 % of a bootstrap over 3 seeds: {low:.0f} to {high:.0f} %)"
+    median = np.median([np.mean(seeds) for seeds in normalised])
+    num_seeds = min(map(len, normalised))
+    scores = np.array([seeds[:num_seeds] for seeds in normalised])  # (games, seeds)
+    line = f"Games: {len(scores)} of {len(GAMES)}. Human-normalised: median {median:.0f} %, "
+    line += f"interquartile mean {interquartile_mean(scores.ravel()):.0f} % of {num_seeds} seed"
+    line += "s" if num_seeds > 1 else ""
+    if num_seeds > 1:
+        low, high = bootstrap(scores)
+        line += f" (95 % of a bootstrap over seeds: {low:.0f} to {high:.0f} %)"
     ahead = count_ahead(means, others, A2C)
     return f"{line}. Ours is ahead of the highest A2C score after 10M steps, or level, on {ahead}."
 
