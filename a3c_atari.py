@@ -11,12 +11,11 @@ num_steps steps with the copy, and takes one gradient step of the *shared* netwo
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where r_t is clipped to [-1, 1] and R_t - V(s_t) is a constant in the first term. If step t ended
-the game or a life, R_{t+1} is 0; if a time limit ended the game, it is V of the last observation.
+where H is the entropy, r_t is clipped to [-1, 1], and R_t and the first V(s_t) are constants. If
+step t ended the game or a life, R_{t+1} is 0; if a time limit did, it is V of the last observation.
 The others do the same at the same time: nobody waits, and there is no lock anywhere (Hogwild).
 
-How to read this file: sections 1 and 2 are the algorithm; start with actor_learner(). train()
-starts the actor-learners, watches them and keeps the log. Below, all but section 4 is PAAC's.
+Sections 1 and 2 are the algorithm; start with actor_learner(). All but section 4 below is PAAC's.
 
     python a3c_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves a checkpoint and stops
     python a3c_atari.py --resume runs/NAME            # resumes; the games start anew
@@ -114,11 +113,11 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:  # it hides these weights' size; Adam turns larger ones more slowly
+            if args.layer_norm:  # it cancels their size; the larger, the slower Adam turns them
                 init_orthogonal(self.trunk[-3], gain=4.5)
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
-        # What all screens share makes Adam move a filter's weights together, until the filter dies.
+        # Without it, what all screens share drives a filter's weights until its ReLU is always 0.
         self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
@@ -135,7 +134,7 @@ class Agent(nn.Module):
 # <<< shared: network
 # >>> shared: loss
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss of the formula, policy loss, value loss and entropy, all scalars and means.
+    """The loss L of the formula, policy loss, value loss and entropy, all scalars and means.
     logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
     logprobs = logits.log_softmax(-1)
     action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -159,10 +158,10 @@ def sample_actions(logits):
 # <<< shared: sample_actions
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
-    """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where a game or, in AtariEnv.step(), a life ended (terminations);
-    final_values[t], the value of the last observation, where a time limit ended the game;
-    next_value, of shape (num_envs,), after the last step. All others: (num_steps, num_envs)."""
+    """The n-step returns R_t = r_t + gamma R_{t+1}, backwards from R_T = next_value, (num_envs,).
+    R_{t+1} is 0 where step t ended a game or, in AtariEnv.step(), a life (terminations), and
+    final_values[t], the value of the last observation, where a time limit did (truncations).
+    All arrays but next_value: (num_steps, num_envs)."""
     returns = torch.empty_like(rewards)
     next_return = next_value.detach()
     for t in reversed(range(len(rewards))):
@@ -328,13 +327,13 @@ def train(args, make_env):
         if checkpoint_due:
             checkpoint = {
                 "script": SCRIPT,
-                "args": asdict(replace(args, resume=None)),
+                "args": asdict(args) | {"resume": None},
                 "global_step": global_step,
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "recent_scores": list(log.recent_scores),
             }
-            save_checkpoint(run_dir, checkpoint)
+            save_checkpoint(run_dir, checkpoint, is_last)
 
     lock.close()
     exit_if_stopped(stop_signals, global_step, run_dir)
@@ -386,7 +385,7 @@ def check_env(args):
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
     closest = difflib.get_close_matches(env_id, games, n=3, cutoff=0)
-    fail(f"--env-id {env_id} is no Atari game; closest: {', '.join(closest)}")
+    fail(f"--env-id {env_id} is not an Atari game; closest: {', '.join(closest)}")
 
 
 class AtariEnv(gym.Env):
@@ -479,8 +478,7 @@ class AtariEnv(gym.Env):
     def set_state(self, state):
         """Go on from where a game's get_state() was called -> obs."""
         self.restore_emulator(state["emulator"])
-        if "booted" in state:  # older checkpoints have none
-            self.booted = ale_py.ALEState(state["booted"])
+        self.booted = ale_py.ALEState(state["booted"])
         self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
         self.lives = state["lives"]
         self.screen = np.frombuffer(state["screen"], np.uint8).reshape(self.screen.shape)
@@ -584,7 +582,7 @@ class ActorPool:
         if process.exitcode == 0:  # it has seen the end of the run
             return
         if process.exitcode == 1:
-            sys.exit(f"{name} ended with the error that is printed above")
+            sys.exit(f"{name} ended with the error printed above")
         process.kill()
         self.num_losses[i] += 1
         if self.num_losses[i] == 3:
@@ -623,8 +621,8 @@ def start_fork_server():
 
 
 def place_workers(processes):
-    """Give each worker a core of its own if there are as many, and keep workers that wake up from
-    interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
+    """Give each worker a core of its own if there are exactly as many, and keep workers that wake
+    up from interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
     if not hasattr(os, "sched_setaffinity"):  # only Linux lets processes choose
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -669,8 +667,8 @@ def fail(message):
 
 
 def parse_args(argv=None):
-    """The command line as Args, on top of the defaults or of the resumed run's flags. What cannot
-    work ends here, with exit code 2 and a line that says what to change."""
+    """The command line as Args, on top of the defaults or of the resumed run's flags. Flags that
+    cannot work end the program here, with exit code 2 and a line that says what to change."""
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
         args.resume = find_newest_run_like(args)
@@ -697,6 +695,7 @@ def parse_resumed_args(resume, argv):
     if Path(resume).name == CHECKPOINT and "optimizer" in checkpoint:  # not an exported agent
         resume = str(Path(resume).parent)
     saved = checkpoint["args"]
+    saved.num_workers = None  # one per core of this machine, which may have more or fewer
     args = replace(tyro.cli(Args, args=argv, default=saved), resume=resume)
     for name in FIXED_FLAGS:
         if getattr(args, name, None) != getattr(saved, name, None):
@@ -708,7 +707,7 @@ def parse_resumed_args(resume, argv):
     if "optimizer" not in checkpoint:
         say(f"{resume}: an agent without its optimizer, which starts anew")
     if not checkpoint.get("env_states"):
-        say(f"{resume}: has no states of the games: they start anew")
+        say(f"{resume}: no states of the games in it: they start anew")
     return args
 
 
@@ -736,7 +735,7 @@ def check_numbers(args):
         if len(numbers) == 0:
             fail(f"--{flag}: at least one number")
         for number in numbers:
-            if type(number) not in (int, float):  # texts, None, and bool, which is an int, too
+            if type(number) not in (int, float):  # strings, None, and bool, which is an int, too
                 continue
             default = (1, 10**12) if isinstance(number, int) else (0, 10**12)
             lowest, highest = RANGES.get(name, default)
@@ -749,7 +748,7 @@ def run_name(args):
 
 
 def choose_run_dir(args):
-    """The resumed run's folder, or a new one, whose name microseconds make unique."""
+    """The resumed run's folder, or a new one, with the time in microseconds in its name."""
     if args.resume and Path(args.resume).is_dir():
         return Path(args.resume)
     return Path("runs", f"{run_name(args)}__{time.time():.6f}")
@@ -757,7 +756,8 @@ def choose_run_dir(args):
 
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
-    process that locks this folder ends with one line. Folders that cannot be locked are not."""
+    process that locks this folder ends with one line. A folder that
+    cannot be locked is used without a lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Not buffered: close() would try again to write what a full disk has refused.
@@ -811,18 +811,18 @@ def load_checkpoint(path):
         flags = checkpoint["args"]
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
+        checkpoint["global_step"], checkpoint["agent"]  # must be there, too
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
-    if "global_step" not in checkpoint or "agent" not in checkpoint:
-        raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
     return checkpoint
 
 
-def save_checkpoint(run_dir, checkpoint):
+def save_checkpoint(run_dir, checkpoint, is_last):
     """Replace the run's checkpoint in one step, so that there is a whole one at any time. If the
-    disk is full, warn and go on. A network that is not finite ends the run instead."""
+    disk is full, warn and go on, but end with exit code 1 if this was to be the last checkpoint: it
+    would be missed. A network that is not finite ends the run, too."""
     if not is_finite(checkpoint["agent"]):
         sys.exit(f"step {checkpoint['global_step']}: a parameter is inf or nan: {NOT_FINITE}")
     path = run_dir / CHECKPOINT
@@ -834,6 +834,8 @@ def save_checkpoint(run_dir, checkpoint):
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
+        if is_last:
+            sys.exit(f"step {checkpoint['global_step']}: last checkpoint not written: {error}")
         say(f"warning: no checkpoint written: {error}; training continues", sys.stderr)
 
 
@@ -842,7 +844,7 @@ def is_due(interval, last_step, step):
     return step // interval > last_step // interval
 
 
-NOT_FINITE = "stopped, with the last checkpoint as it was. A lower --learning-rate may help"
+NOT_FINITE = "stopped; the last checkpoint is unchanged. A lower --learning-rate may help"
 
 
 def stop_if_not_finite(losses, step):
@@ -868,7 +870,7 @@ def catch_stop_signals():
 
     for signum in STOP_SIGNALS:
         if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # nohup: the run shall survive its terminal
+            continue  # nohup: the run must outlive its terminal
         signal.signal(signum, on_signal)
     return received
 
@@ -899,8 +901,9 @@ class Log:
             import wandb
 
             # A resumed run goes on in W&B, too, because its id depends on the folder's name alone.
-            run_id = uuid.uuid5(uuid.NAMESPACE_URL, run_dir.name).hex
-            names = {"name": run_dir.name, "id": run_id, "resume": "allow"}
+            name = run_dir.resolve().name  # of --resume . as well
+            run_id = uuid.uuid5(uuid.NAMESPACE_URL, name).hex
+            names = {"name": name, "id": run_id, "resume": "allow"}
             wandb.init(sync_tensorboard=True, config=asdict(args), **names)
 
     def book_time(self, part):
@@ -930,7 +933,7 @@ class Log:
                 self.writer.add_scalar(tag, scalar, global_step)
             self.writer.flush()  # so that TensorBoard is never behind a checkpoint
         except OSError as error:
-            say(f"warning: no points in {self.run_dir}: {error}; training continues", sys.stderr)
+            say(f"warning: no curves in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
         self.last_point = now
@@ -999,7 +1002,7 @@ def restore(checkpoint, agent, optimizer, args):
     if "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # it may be typed with --resume
-    if isinstance(checkpoint.get("rng"), dict):  # older versions had a list
+    if "rng" in checkpoint:  # not in an exported agent
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         # The checkpoint may come from a machine with more GPUs.
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"][: torch.cuda.device_count()])

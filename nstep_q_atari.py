@@ -15,9 +15,8 @@ where r_t is clipped to [-1, 1]. If step t ended the game or a life, R_{t+1} is 
 ended the game, it is max_a Q_target of the last observation. Q_target is an old copy of
 the network (--target-interval) or, by default, the network itself.
 
-How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
-them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
-utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" equal in all of them.
+Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
+between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
 
     python nstep_q_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves and stops
     python nstep_q_atari.py --resume runs/NAME            # resumes exactly where it stopped
@@ -72,7 +71,7 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
+    subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
@@ -129,7 +128,7 @@ class Agent(nn.Module):
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.q, gain=1.0)
-        # What all screens share makes Adam move a filter's weights together, until the filter dies.
+        # Without it, what all screens share drives a filter's weights until its ReLU is always 0.
         self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
@@ -157,10 +156,10 @@ def compute_loss(q_values, actions, returns):
 # <<< shared: q network
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
-    """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where a game or, in AtariEnv.step(), a life ended (terminations);
-    final_values[t], the value of the last observation, where a time limit ended the game;
-    next_value, of shape (num_envs,), after the last step. All others: (num_steps, num_envs)."""
+    """The n-step returns R_t = r_t + gamma R_{t+1}, backwards from R_T = next_value, (num_envs,).
+    R_{t+1} is 0 where step t ended a game or, in AtariEnv.step(), a life (terminations), and
+    final_values[t], the value of the last observation, where a time limit did (truncations).
+    All arrays but next_value: (num_steps, num_envs)."""
     returns = torch.empty_like(rewards)
     next_return = next_value.detach()
     for t in reversed(range(len(rewards))):
@@ -177,7 +176,7 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    # An update of more games is more steps, so Adam must forget faster (Malladi et al. 2022).
+    # More games: larger, but fewer updates, so Adam averages over fewer (Malladi et al. 2022).
     ratio = max(1, args.num_envs / 32)
     betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
     return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
@@ -243,7 +242,7 @@ def train(args, make_env):
                     # A time limit ended games: returns need the value of their last observation.
                     last_q_values = target(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
-            # All this comes before the update: if report() loses a worker, this rollout is dropped.
+            # This comes before the update: if report() loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
@@ -251,7 +250,7 @@ def train(args, make_env):
             if log_due:
                 episodes, env_states = envs.report(with_states=checkpoint_due)
         except WorkerLost as lost:
-            envs.note_loss(lost, global_step)  # ends the run after the third in a row
+            envs.note_loss(lost, global_step)  # ends the run at the third without progress
             obs = envs.start(args.seed, global_step)
             is_last = False  # report() may have failed after what was to be the last rollout
             continue
@@ -295,7 +294,7 @@ def train(args, make_env):
         if checkpoint_due:
             checkpoint = {
                 "script": SCRIPT,
-                "args": asdict(replace(args, resume=None)),
+                "args": asdict(args) | {"resume": None},
                 "global_step": global_step,
                 "agent": agent.state_dict(),
                 "target": target.state_dict(),
@@ -304,7 +303,8 @@ def train(args, make_env):
                 "env_states": env_states,
                 "recent_scores": list(log.recent_scores),
             }
-            save_checkpoint(run_dir, checkpoint)
+            save_checkpoint(run_dir, checkpoint, is_last)
+        log.book_time("log")
 
     envs.close()
     lock.close()
@@ -361,7 +361,7 @@ def check_env(args):
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
     closest = difflib.get_close_matches(env_id, games, n=3, cutoff=0)
-    fail(f"--env-id {env_id} is no Atari game; closest: {', '.join(closest)}")
+    fail(f"--env-id {env_id} is not an Atari game; closest: {', '.join(closest)}")
 
 
 class AtariEnv(gym.Env):
@@ -454,8 +454,7 @@ class AtariEnv(gym.Env):
     def set_state(self, state):
         """Go on from where a game's get_state() was called -> obs."""
         self.restore_emulator(state["emulator"])
-        if "booted" in state:  # older checkpoints have none
-            self.booted = ale_py.ALEState(state["booted"])
+        self.booted = ale_py.ALEState(state["booted"])
         self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
         self.lives = state["lives"]
         self.screen = np.frombuffer(state["screen"], np.uint8).reshape(self.screen.shape)
@@ -524,7 +523,7 @@ class Worker(gym.Env):
     """The games of one process, played one after another, as one environment with arrays, which is
     what AsyncVectorEnv needs. A game is any gymnasium environment with a Box of observations.
 
-    A game restarts when it is over: terminated or truncated, unless its info["game_over"] tells.
+    A game restarts when it is over: terminated or truncated, unless info["game_over"] differs.
     Games with get_state() and set_state(state) -> obs resume exactly where they were.
     """
 
@@ -586,7 +585,7 @@ class Worker(gym.Env):
 
     @ends_worker_on_error
     def report(self, with_states):
-        """What ended since the last report; the states of all games, if wanted and to be had."""
+        """What ended since the last report; the states of all games, if wanted and available."""
         episodes = self.episodes
         self.episodes = []
         states = []
@@ -597,7 +596,7 @@ class Worker(gym.Env):
 
 
 class LocalVectorEnv(Worker):
-    """--num-workers 0: a Worker in this process, to be called as AsyncVectorEnv is."""
+    """--num-workers 0: a Worker in this process, with AsyncVectorEnv's methods."""
 
     def reset(self, seed, options):
         return super().reset(seed=seed[0], options=options)
@@ -610,7 +609,7 @@ class LocalVectorEnv(Worker):
 
 
 class TimedVectorEnv(gym.vector.AsyncVectorEnv):
-    """Raises a TimeoutError where gymnasium would wait for a worker for ever."""
+    """Raises a TimeoutError where gymnasium would wait for ever for a worker whose process runs."""
 
     start_timeout = step_timeout = None  # seconds; WorkerPool sets them
 
@@ -627,8 +626,8 @@ class TimedVectorEnv(gym.vector.AsyncVectorEnv):
 class WorkerPool:
     """All games as one vector environment: of num_workers processes or, if that is 0, in this one.
 
-    step() and report() raise WorkerLost when a worker has died or does not answer; the others have
-    been ended then, too, and start() begins anew. first_game: the number of the first game."""
+    step() and report() raise WorkerLost when a worker has died or does not answer; all others have
+    been ended then, too, and start() makes new ones. first_game: the number of the first game."""
 
     def __init__(self, args, make_env, first_game=0):
         game = make_env(args)
@@ -674,8 +673,8 @@ class WorkerPool:
         last_obs = info.get("last_obs")  # zeros from workers without a time limit in this step
         if last_obs is not None:
             last_obs = last_obs.reshape(self.obs_shape)
-        # A copy, because the workers overwrite their memory in the next step, while autograd or a
-        # list of observations still needs what is in it now.
+        # A copy, because the workers overwrite their memory in the next step, and the caller (or
+        # autograd, with float32 observations) may still need what is in it now.
         obs = obs.reshape(self.obs_shape).copy()
         return obs, rewards, terminations, truncations, last_obs
 
@@ -717,7 +716,7 @@ class WorkerPool:
         return envs
 
     def note_loss(self, lost, global_step):
-        """Announce the restart; give up when three workers were lost without progress."""
+        """Announce the restart; give up at the third loss without progress."""
         if global_step != self.loss_step:
             self.num_losses = 0
         self.loss_step = global_step
@@ -725,7 +724,7 @@ class WorkerPool:
         if self.num_losses == 3:
             advice = "--resume continues from the last checkpoint, if there is one"
             sys.exit(f"{lost}; three times without progress: giving up. {advice}")
-        say(f"{lost}; all games start anew, the rollout at hand is dropped", sys.stderr)
+        say(f"{lost}; all games restart; the current rollout is dropped", sys.stderr)
 
     @contextmanager
     def raising_worker_lost(self):
@@ -739,7 +738,7 @@ class WorkerPool:
             raise WorkerLost(cause) from None
 
     def find_lost_workers(self):
-        """Which workers died or did not answer. Ends the run if it was by an error of a game."""
+        """Which workers died or did not answer. Ends the run if a game raised an error."""
         processes = getattr(self.envs, "processes", [])
         # A pipe breaks a moment before the exit code is there.
         multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
@@ -748,7 +747,7 @@ class WorkerPool:
             games = f"games {self.games[i][0]} to {self.games[i][-1]}"
             worker = f"worker {i} ({games}, pid {process.pid})"
             if process.exitcode == 1:
-                sys.exit(f"{worker} ended with the error that is printed above")
+                sys.exit(f"{worker} ended with the error printed above")
             if process.exitcode is not None:
                 died.append(f"{worker} died: {exit_cause(process.exitcode)}")
             elif not self.envs.parent_pipes[i].poll():
@@ -776,8 +775,8 @@ def start_fork_server():
 
 
 def place_workers(processes):
-    """Give each worker a core of its own if there are as many, and keep workers that wake up from
-    interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
+    """Give each worker a core of its own if there are exactly as many, and keep workers that wake
+    up from interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
     if not hasattr(os, "sched_setaffinity"):  # only Linux lets processes choose
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -822,8 +821,8 @@ def fail(message):
 
 
 def parse_args(argv=None):
-    """The command line as Args, on top of the defaults or of the resumed run's flags. What cannot
-    work ends here, with exit code 2 and a line that says what to change."""
+    """The command line as Args, on top of the defaults or of the resumed run's flags. Flags that
+    cannot work end the program here, with exit code 2 and a line that says what to change."""
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
         args.resume = find_newest_run_like(args)
@@ -850,6 +849,7 @@ def parse_resumed_args(resume, argv):
     if Path(resume).name == CHECKPOINT and "optimizer" in checkpoint:  # not an exported agent
         resume = str(Path(resume).parent)
     saved = checkpoint["args"]
+    saved.num_workers = None  # one per core of this machine, which may have more or fewer
     args = replace(tyro.cli(Args, args=argv, default=saved), resume=resume)
     for name in FIXED_FLAGS:
         if getattr(args, name, None) != getattr(saved, name, None):
@@ -861,7 +861,7 @@ def parse_resumed_args(resume, argv):
     if "optimizer" not in checkpoint:
         say(f"{resume}: an agent without its optimizer, which starts anew")
     if not checkpoint.get("env_states"):
-        say(f"{resume}: has no states of the games: they start anew")
+        say(f"{resume}: no states of the games in it: they start anew")
     return args
 
 
@@ -889,7 +889,7 @@ def check_numbers(args):
         if len(numbers) == 0:
             fail(f"--{flag}: at least one number")
         for number in numbers:
-            if type(number) not in (int, float):  # texts, None, and bool, which is an int, too
+            if type(number) not in (int, float):  # strings, None, and bool, which is an int, too
                 continue
             default = (1, 10**12) if isinstance(number, int) else (0, 10**12)
             lowest, highest = RANGES.get(name, default)
@@ -902,7 +902,7 @@ def run_name(args):
 
 
 def choose_run_dir(args):
-    """The resumed run's folder, or a new one, whose name microseconds make unique."""
+    """The resumed run's folder, or a new one, with the time in microseconds in its name."""
     if args.resume and Path(args.resume).is_dir():
         return Path(args.resume)
     return Path("runs", f"{run_name(args)}__{time.time():.6f}")
@@ -910,7 +910,8 @@ def choose_run_dir(args):
 
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
-    process that locks this folder ends with one line. Folders that cannot be locked are not."""
+    process that locks this folder ends with one line. A folder that
+    cannot be locked is used without a lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Not buffered: close() would try again to write what a full disk has refused.
@@ -964,18 +965,18 @@ def load_checkpoint(path):
         flags = checkpoint["args"]
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
+        checkpoint["global_step"], checkpoint["agent"]  # must be there, too
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
-    if "global_step" not in checkpoint or "agent" not in checkpoint:
-        raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
     return checkpoint
 
 
-def save_checkpoint(run_dir, checkpoint):
+def save_checkpoint(run_dir, checkpoint, is_last):
     """Replace the run's checkpoint in one step, so that there is a whole one at any time. If the
-    disk is full, warn and go on. A network that is not finite ends the run instead."""
+    disk is full, warn and go on, but end with exit code 1 if this was to be the last checkpoint: it
+    would be missed. A network that is not finite ends the run, too."""
     if not is_finite(checkpoint["agent"]):
         sys.exit(f"step {checkpoint['global_step']}: a parameter is inf or nan: {NOT_FINITE}")
     path = run_dir / CHECKPOINT
@@ -987,6 +988,8 @@ def save_checkpoint(run_dir, checkpoint):
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
+        if is_last:
+            sys.exit(f"step {checkpoint['global_step']}: last checkpoint not written: {error}")
         say(f"warning: no checkpoint written: {error}; training continues", sys.stderr)
 
 
@@ -995,7 +998,7 @@ def is_due(interval, last_step, step):
     return step // interval > last_step // interval
 
 
-NOT_FINITE = "stopped, with the last checkpoint as it was. A lower --learning-rate may help"
+NOT_FINITE = "stopped; the last checkpoint is unchanged. A lower --learning-rate may help"
 
 
 def stop_if_not_finite(losses, step):
@@ -1021,7 +1024,7 @@ def catch_stop_signals():
 
     for signum in STOP_SIGNALS:
         if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # nohup: the run shall survive its terminal
+            continue  # nohup: the run must outlive its terminal
         signal.signal(signum, on_signal)
     return received
 
@@ -1052,8 +1055,9 @@ class Log:
             import wandb
 
             # A resumed run goes on in W&B, too, because its id depends on the folder's name alone.
-            run_id = uuid.uuid5(uuid.NAMESPACE_URL, run_dir.name).hex
-            names = {"name": run_dir.name, "id": run_id, "resume": "allow"}
+            name = run_dir.resolve().name  # of --resume . as well
+            run_id = uuid.uuid5(uuid.NAMESPACE_URL, name).hex
+            names = {"name": name, "id": run_id, "resume": "allow"}
             wandb.init(sync_tensorboard=True, config=asdict(args), **names)
 
     def book_time(self, part):
@@ -1083,7 +1087,7 @@ class Log:
                 self.writer.add_scalar(tag, scalar, global_step)
             self.writer.flush()  # so that TensorBoard is never behind a checkpoint
         except OSError as error:
-            say(f"warning: no points in {self.run_dir}: {error}; training continues", sys.stderr)
+            say(f"warning: no curves in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
         self.last_point = now
@@ -1116,7 +1120,7 @@ def ignore_full_disk(died):
 # <<< shared: runs
 # >>> shared: number of workers
 def choose_num_workers(args):
-    """None becomes the number of cores, or the next lower one that divides the games."""
+    """None becomes the number of cores, or the largest below it that divides the games."""
     if args.num_workers is None:
         cores = os.cpu_count()
         if hasattr(os, "sched_getaffinity"):  # those that this process may use
@@ -1163,7 +1167,7 @@ def restore(checkpoint, agent, optimizer, args):
     if "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     optimizer.param_groups[0]["eps"] = args.optimizer_epsilon  # it may be typed with --resume
-    if isinstance(checkpoint.get("rng"), dict):  # older versions had a list
+    if "rng" in checkpoint:  # not in an exported agent
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         # The checkpoint may come from a machine with more GPUs.
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"][: torch.cuda.device_count()])
@@ -1220,7 +1224,8 @@ def live_units(agent, *inputs):
 # >>> shared: cuda graphs
 def repeat_agent(agent, num_passes, obs):
     """Return num_passes functions that compute agent(obs). On a GPU each is a CUDA graph, which is
-    one launch instead of one per operation; call them in order, and backward in reverse order.
+    one launch instead of one per operation; call them in order, and backward in reverse order. One
+    graph per pass, because a graph that runs again overwrites what backward needs of its last run.
     obs: an example of the observations to come."""
     if obs.device.type == "cpu":
         return [agent] * num_passes

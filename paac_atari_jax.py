@@ -12,12 +12,11 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where r_t is clipped to [-1, 1] and R_t - V(s_t) is a constant in the first term. If step t ended
-the game or a life, R_{t+1} is 0; if a time limit ended the game, it is V of the last observation.
+where H is the entropy, r_t is clipped to [-1, 1], and R_t and the first V(s_t) are constants. If
+step t ended the game or a life, R_{t+1} is 0; if a time limit did, it is V of the last observation.
 
-How to read this file: sections 1 and 2 are the algorithm; start with train(). The plumbing below
-them (Atari's screens, worker processes, checkpoints, logs) hardly differs between the scripts.
-utils/sync_shared.py keeps the text between "# >>> shared" and "# <<< shared" equal in all of them.
+Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
+between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
 
     python paac_atari_jax.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves and stops
     python paac_atari_jax.py --resume runs/NAME            # resumes exactly where it stopped
@@ -69,7 +68,7 @@ class Args:  # the comments are the texts of --help
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
-    subtract_mean_screen: bool = True  # the mean of all screens so far; not in the paper
+    subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; not in the paper
     bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
 
@@ -91,7 +90,7 @@ class Agent(nn.Module):
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
-        # What all screens share makes Adam move a filter's weights together, until the filter dies.
+        # Without it, what all screens share drives a filter's weights until its ReLU is always 0.
         # The mean screen has no gradient: update_mean_screen() moves it.
         mean_screen = self.param("mean_screen", nn.initializers.zeros, (84, 84))
         pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255  # centred: LeCun et al. 1998
@@ -163,10 +162,10 @@ def compute_values(agent, params, obs):
 
 
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
-    """The n-step returns R_t = r_t + gamma R_{t+1}, computed backwards. R_{t+1} is replaced by
-    0 where a game or, in AtariEnv.step(), a life ended (terminations);
-    final_values[t], the value of the last observation, where a time limit ended the game;
-    next_value, of shape (num_envs,), after the last step. All others: (num_steps, num_envs)."""
+    """The n-step returns R_t = r_t + gamma R_{t+1}, backwards from R_T = next_value, (num_envs,).
+    R_{t+1} is 0 where step t ended a game or, in AtariEnv.step(), a life (terminations), and
+    final_values[t], the value of the last observation, where a time limit did (truncations).
+    All arrays but next_value: (num_steps, num_envs)."""
     returns = []
     next_return = next_value
     for t in reversed(range(len(rewards))):
@@ -178,7 +177,7 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 
 
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss of the formula, policy loss, value loss and entropy, all scalars and means.
+    """The loss L of the formula, policy loss, value loss and entropy, all scalars and means.
     logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
     logprobs = jax.nn.log_softmax(logits)
     action_logprobs = jnp.take_along_axis(logprobs, actions[..., None], -1).squeeze(-1)
@@ -197,7 +196,7 @@ def make_optimizer(args):
         start = {"initial_scale": 1.0, "eps_in_sqrt": True}
         scale = optax.scale_by_rms(0.99, args.optimizer_epsilon, **start)
     else:
-        # An update of more games is more steps, so Adam must forget faster (Malladi et al. 2022).
+        # More games: larger, but fewer updates, so Adam averages over fewer (Malladi et al. 2022).
         ratio = max(1, args.num_envs / 32)
         betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
         scale = optax.scale_by_adam(*betas, eps=args.optimizer_epsilon)
@@ -316,7 +315,7 @@ def train(args, make_env):
                 if last_obs is not None:
                     # A time limit ended games: returns need the value of their last observation.
                     final_values[t] = compute_values(agent, params, last_obs)
-            # All this comes before the update: if report() loses a worker, this rollout is dropped.
+            # This comes before the update: if report() loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
@@ -324,7 +323,7 @@ def train(args, make_env):
             if log_due:
                 episodes, env_states = envs.report(with_states=checkpoint_due)
         except WorkerLost as lost:
-            envs.note_loss(lost, global_step)  # ends the run after the third in a row
+            envs.note_loss(lost, global_step)  # ends the run at the third without progress
             obs = envs.start(args.seed, global_step)
             is_last = False  # report() may have failed after what was to be the last rollout
             continue
@@ -362,7 +361,7 @@ def train(args, make_env):
         if checkpoint_due:
             checkpoint = {
                 "script": SCRIPT,
-                "args": asdict(replace(args, resume=None)),
+                "args": asdict(args) | {"resume": None},
                 "global_step": global_step,
                 "agent": params,
                 "optimizer": flax.serialization.to_state_dict(opt_state),
@@ -370,7 +369,8 @@ def train(args, make_env):
                 "env_states": env_states,
                 "recent_scores": list(log.recent_scores),
             }
-            save_checkpoint(run_dir, checkpoint)
+            save_checkpoint(run_dir, checkpoint, is_last)
+        log.book_time("log")
 
     envs.close()
     lock.close()
@@ -427,7 +427,7 @@ def check_env(args):
         return
     games = [name for name in gym.registry if name.startswith("ALE/") or "NoFrameskip-v4" in name]
     closest = difflib.get_close_matches(env_id, games, n=3, cutoff=0)
-    fail(f"--env-id {env_id} is no Atari game; closest: {', '.join(closest)}")
+    fail(f"--env-id {env_id} is not an Atari game; closest: {', '.join(closest)}")
 
 
 class AtariEnv(gym.Env):
@@ -520,8 +520,7 @@ class AtariEnv(gym.Env):
     def set_state(self, state):
         """Go on from where a game's get_state() was called -> obs."""
         self.restore_emulator(state["emulator"])
-        if "booted" in state:  # older checkpoints have none
-            self.booted = ale_py.ALEState(state["booted"])
+        self.booted = ale_py.ALEState(state["booted"])
         self.atari.np_random.bit_generator.state = json.loads(state["np_random"])
         self.lives = state["lives"]
         self.screen = np.frombuffer(state["screen"], np.uint8).reshape(self.screen.shape)
@@ -590,7 +589,7 @@ class Worker(gym.Env):
     """The games of one process, played one after another, as one environment with arrays, which is
     what AsyncVectorEnv needs. A game is any gymnasium environment with a Box of observations.
 
-    A game restarts when it is over: terminated or truncated, unless its info["game_over"] tells.
+    A game restarts when it is over: terminated or truncated, unless info["game_over"] differs.
     Games with get_state() and set_state(state) -> obs resume exactly where they were.
     """
 
@@ -652,7 +651,7 @@ class Worker(gym.Env):
 
     @ends_worker_on_error
     def report(self, with_states):
-        """What ended since the last report; the states of all games, if wanted and to be had."""
+        """What ended since the last report; the states of all games, if wanted and available."""
         episodes = self.episodes
         self.episodes = []
         states = []
@@ -663,7 +662,7 @@ class Worker(gym.Env):
 
 
 class LocalVectorEnv(Worker):
-    """--num-workers 0: a Worker in this process, to be called as AsyncVectorEnv is."""
+    """--num-workers 0: a Worker in this process, with AsyncVectorEnv's methods."""
 
     def reset(self, seed, options):
         return super().reset(seed=seed[0], options=options)
@@ -676,7 +675,7 @@ class LocalVectorEnv(Worker):
 
 
 class TimedVectorEnv(gym.vector.AsyncVectorEnv):
-    """Raises a TimeoutError where gymnasium would wait for a worker for ever."""
+    """Raises a TimeoutError where gymnasium would wait for ever for a worker whose process runs."""
 
     start_timeout = step_timeout = None  # seconds; WorkerPool sets them
 
@@ -693,8 +692,8 @@ class TimedVectorEnv(gym.vector.AsyncVectorEnv):
 class WorkerPool:
     """All games as one vector environment: of num_workers processes or, if that is 0, in this one.
 
-    step() and report() raise WorkerLost when a worker has died or does not answer; the others have
-    been ended then, too, and start() begins anew. first_game: the number of the first game."""
+    step() and report() raise WorkerLost when a worker has died or does not answer; all others have
+    been ended then, too, and start() makes new ones. first_game: the number of the first game."""
 
     def __init__(self, args, make_env, first_game=0):
         game = make_env(args)
@@ -740,8 +739,8 @@ class WorkerPool:
         last_obs = info.get("last_obs")  # zeros from workers without a time limit in this step
         if last_obs is not None:
             last_obs = last_obs.reshape(self.obs_shape)
-        # A copy, because the workers overwrite their memory in the next step, while autograd or a
-        # list of observations still needs what is in it now.
+        # A copy, because the workers overwrite their memory in the next step, and the caller (or
+        # autograd, with float32 observations) may still need what is in it now.
         obs = obs.reshape(self.obs_shape).copy()
         return obs, rewards, terminations, truncations, last_obs
 
@@ -783,7 +782,7 @@ class WorkerPool:
         return envs
 
     def note_loss(self, lost, global_step):
-        """Announce the restart; give up when three workers were lost without progress."""
+        """Announce the restart; give up at the third loss without progress."""
         if global_step != self.loss_step:
             self.num_losses = 0
         self.loss_step = global_step
@@ -791,7 +790,7 @@ class WorkerPool:
         if self.num_losses == 3:
             advice = "--resume continues from the last checkpoint, if there is one"
             sys.exit(f"{lost}; three times without progress: giving up. {advice}")
-        say(f"{lost}; all games start anew, the rollout at hand is dropped", sys.stderr)
+        say(f"{lost}; all games restart; the current rollout is dropped", sys.stderr)
 
     @contextmanager
     def raising_worker_lost(self):
@@ -805,7 +804,7 @@ class WorkerPool:
             raise WorkerLost(cause) from None
 
     def find_lost_workers(self):
-        """Which workers died or did not answer. Ends the run if it was by an error of a game."""
+        """Which workers died or did not answer. Ends the run if a game raised an error."""
         processes = getattr(self.envs, "processes", [])
         # A pipe breaks a moment before the exit code is there.
         multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1)
@@ -814,7 +813,7 @@ class WorkerPool:
             games = f"games {self.games[i][0]} to {self.games[i][-1]}"
             worker = f"worker {i} ({games}, pid {process.pid})"
             if process.exitcode == 1:
-                sys.exit(f"{worker} ended with the error that is printed above")
+                sys.exit(f"{worker} ended with the error printed above")
             if process.exitcode is not None:
                 died.append(f"{worker} died: {exit_cause(process.exitcode)}")
             elif not self.envs.parent_pipes[i].poll():
@@ -842,8 +841,8 @@ def start_fork_server():
 
 
 def place_workers(processes):
-    """Give each worker a core of its own if there are as many, and keep workers that wake up from
-    interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
+    """Give each worker a core of its own if there are exactly as many, and keep workers that wake
+    up from interrupting the learner (SCHED_BATCH). Makes training 9 % faster."""
     if not hasattr(os, "sched_setaffinity"):  # only Linux lets processes choose
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -888,8 +887,8 @@ def fail(message):
 
 
 def parse_args(argv=None):
-    """The command line as Args, on top of the defaults or of the resumed run's flags. What cannot
-    work ends here, with exit code 2 and a line that says what to change."""
+    """The command line as Args, on top of the defaults or of the resumed run's flags. Flags that
+    cannot work end the program here, with exit code 2 and a line that says what to change."""
     args = tyro.cli(Args, args=argv)
     if args.resume == "auto":
         args.resume = find_newest_run_like(args)
@@ -916,6 +915,7 @@ def parse_resumed_args(resume, argv):
     if Path(resume).name == CHECKPOINT and "optimizer" in checkpoint:  # not an exported agent
         resume = str(Path(resume).parent)
     saved = checkpoint["args"]
+    saved.num_workers = None  # one per core of this machine, which may have more or fewer
     args = replace(tyro.cli(Args, args=argv, default=saved), resume=resume)
     for name in FIXED_FLAGS:
         if getattr(args, name, None) != getattr(saved, name, None):
@@ -927,7 +927,7 @@ def parse_resumed_args(resume, argv):
     if "optimizer" not in checkpoint:
         say(f"{resume}: an agent without its optimizer, which starts anew")
     if not checkpoint.get("env_states"):
-        say(f"{resume}: has no states of the games: they start anew")
+        say(f"{resume}: no states of the games in it: they start anew")
     return args
 
 
@@ -955,7 +955,7 @@ def check_numbers(args):
         if len(numbers) == 0:
             fail(f"--{flag}: at least one number")
         for number in numbers:
-            if type(number) not in (int, float):  # texts, None, and bool, which is an int, too
+            if type(number) not in (int, float):  # strings, None, and bool, which is an int, too
                 continue
             default = (1, 10**12) if isinstance(number, int) else (0, 10**12)
             lowest, highest = RANGES.get(name, default)
@@ -968,7 +968,7 @@ def run_name(args):
 
 
 def choose_run_dir(args):
-    """The resumed run's folder, or a new one, whose name microseconds make unique."""
+    """The resumed run's folder, or a new one, with the time in microseconds in its name."""
     if args.resume and Path(args.resume).is_dir():
         return Path(args.resume)
     return Path("runs", f"{run_name(args)}__{time.time():.6f}")
@@ -976,7 +976,8 @@ def choose_run_dir(args):
 
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
-    process that locks this folder ends with one line. Folders that cannot be locked are not."""
+    process that locks this folder ends with one line. A folder that
+    cannot be locked is used without a lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Not buffered: close() would try again to write what a full disk has refused.
@@ -1030,18 +1031,18 @@ def load_checkpoint(path):
         flags = checkpoint["args"]
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
+        checkpoint["global_step"], checkpoint["agent"]  # must be there, too
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
-    if "global_step" not in checkpoint or "agent" not in checkpoint:
-        raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
     return checkpoint
 
 
-def save_checkpoint(run_dir, checkpoint):
+def save_checkpoint(run_dir, checkpoint, is_last):
     """Replace the run's checkpoint in one step, so that there is a whole one at any time. If the
-    disk is full, warn and go on. A network that is not finite ends the run instead."""
+    disk is full, warn and go on, but end with exit code 1 if this was to be the last checkpoint: it
+    would be missed. A network that is not finite ends the run, too."""
     if not is_finite(checkpoint["agent"]):
         sys.exit(f"step {checkpoint['global_step']}: a parameter is inf or nan: {NOT_FINITE}")
     path = run_dir / CHECKPOINT
@@ -1053,6 +1054,8 @@ def save_checkpoint(run_dir, checkpoint):
             os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
+        if is_last:
+            sys.exit(f"step {checkpoint['global_step']}: last checkpoint not written: {error}")
         say(f"warning: no checkpoint written: {error}; training continues", sys.stderr)
 
 
@@ -1061,7 +1064,7 @@ def is_due(interval, last_step, step):
     return step // interval > last_step // interval
 
 
-NOT_FINITE = "stopped, with the last checkpoint as it was. A lower --learning-rate may help"
+NOT_FINITE = "stopped; the last checkpoint is unchanged. A lower --learning-rate may help"
 
 
 def stop_if_not_finite(losses, step):
@@ -1087,7 +1090,7 @@ def catch_stop_signals():
 
     for signum in STOP_SIGNALS:
         if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
-            continue  # nohup: the run shall survive its terminal
+            continue  # nohup: the run must outlive its terminal
         signal.signal(signum, on_signal)
     return received
 
@@ -1118,8 +1121,9 @@ class Log:
             import wandb
 
             # A resumed run goes on in W&B, too, because its id depends on the folder's name alone.
-            run_id = uuid.uuid5(uuid.NAMESPACE_URL, run_dir.name).hex
-            names = {"name": run_dir.name, "id": run_id, "resume": "allow"}
+            name = run_dir.resolve().name  # of --resume . as well
+            run_id = uuid.uuid5(uuid.NAMESPACE_URL, name).hex
+            names = {"name": name, "id": run_id, "resume": "allow"}
             wandb.init(sync_tensorboard=True, config=asdict(args), **names)
 
     def book_time(self, part):
@@ -1149,7 +1153,7 @@ class Log:
                 self.writer.add_scalar(tag, scalar, global_step)
             self.writer.flush()  # so that TensorBoard is never behind a checkpoint
         except OSError as error:
-            say(f"warning: no points in {self.run_dir}: {error}; training continues", sys.stderr)
+            say(f"warning: no curves in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
         self.last_point = now
@@ -1182,7 +1186,7 @@ def ignore_full_disk(died):
 # <<< shared: runs
 # >>> shared: number of workers
 def choose_num_workers(args):
-    """None becomes the number of cores, or the next lower one that divides the games."""
+    """None becomes the number of cores, or the largest below it that divides the games."""
     if args.num_workers is None:
         cores = os.cpu_count()
         if hasattr(os, "sched_getaffinity"):  # those that this process may use

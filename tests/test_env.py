@@ -402,4 +402,4 @@ def test_worker_stuck_at_its_start_is_replaced(tmp_path, monkeypatch, capsys):
     envs.close()
     error = capsys.readouterr().err
     assert re.search(r"worker [01] \(games ([01]) to \1, pid \d+\) did not answer in time", error)
-    assert error.count("start anew") == 1
+    assert error.count("all games restart") == 1

@@ -93,7 +93,7 @@ def test_own_game_runs_and_resumes(own_game):
     assert checkpoint["global_step"] == 2000 and checkpoint["env_states"] == []
     result = alone(own_game, "--resume", run_dir, "--total-timesteps", "3000", "--num-workers", 0)
     assert result.returncode == 0, result.stderr
-    assert "has no states of the games: they start anew" in result.stdout
+    assert "no states of the games in it: they start anew" in result.stdout
     assert load(run_dir)["global_step"] == 3000
     curve = scalars(run_dir)
     assert curve["charts/episodic_return"][0][1] == curve["charts/episodic_length"][0][1] == 150
@@ -123,7 +123,7 @@ def test_error_of_a_game_ends_the_run_with_its_traceback(own_game, num_workers, 
     result = alone(own_game, *flags, "--log-interval", "20")
     assert result.returncode == 1
     assert ERRORS[name] in result.stderr and "raise self.error" in result.stderr, result.stderr
-    assert "start anew" not in result.stderr
+    assert "games restart" not in result.stderr
     steps = [int(step) for step in re.findall(r"^step (\d+) of", result.stdout, re.MULTILINE)]
     assert max(steps) == 380  # 19 updates of 5 steps in 4 games; the 100th step is in the 20th
 

@@ -76,16 +76,15 @@ def test_episodes_are_shared_out_beforehand():
 @pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.msgpack"])
 def test_damaged_checkpoint_gets_one_line(tmp_path, name, content):
     if content == "half":
-        paac_atari.save_checkpoint(tmp_path, {"agent": {"x": torch.zeros(1000)}})
+        paac_atari.save_checkpoint(tmp_path, {"agent": {"x": torch.zeros(1000)}}, is_last=False)
         content = Path("checkpoint.pt").read_bytes()[:2000]
     Path(name).write_bytes(content)
     assert f"{name}: damaged, or no checkpoint" in fails(evaluate.load, Path(name))
 
 
 def save(path, **content):
-    paac_atari.save_checkpoint(
-        path, {"script": "paac_atari", "args": {}, "agent": {}, "global_step": 0} | content
-    )
+    checkpoint = {"script": "paac_atari", "args": {}, "agent": {}, "global_step": 0} | content
+    paac_atari.save_checkpoint(path, checkpoint, is_last=False)
     return path / "checkpoint.pt"
 
 
