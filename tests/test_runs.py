@@ -626,12 +626,12 @@ def test_resume_auto_skips_what_it_cannot_resume(script, tmp_path, capsys, kind)
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores cannot be chosen")
 def test_a_resumed_run_uses_the_cores_of_its_machine(tmp_path, monkeypatch):
-    train(paac_atari, "--total-timesteps", 100)  # 0 workers
-    run_dir = only_run(tmp_path)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(2))
-    flags = ["--resume", str(run_dir), "--total-timesteps", "200"]
-    assert paac_atari.parse_args(flags).num_workers == 2
-    assert paac_atari.parse_args([*flags, "--num-workers", "1"]).num_workers == 1
+    train(paac_atari, "--total-timesteps", 100, "--num-workers", 0)
+    flags = ["--resume", str(only_run(tmp_path)), "--total-timesteps", "200"]
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: range(n))
+        assert paac_atari.parse_args(flags).num_workers == cores
+        assert paac_atari.parse_args([*flags, "--num-workers", "4"]).num_workers == 4
 
 
 @pytest.mark.parametrize("name", ["v[1]", "*", "a b", "x__y"])
