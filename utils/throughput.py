@@ -50,7 +50,8 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner from eac
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 LOG_INTERVAL = 10_000 if torch.cuda.is_available() else 1000  # of the training that is measured
 
-PARTS = {"env": "games", "act": "acting", "learn": "learning"}  # of the time: tag, and its name
+# Of the time: tag, and its name.
+PARTS = {"env": "games", "act": "acting", "learn": "learning", "log": "logging"}
 
 
 @dataclass
@@ -384,8 +385,9 @@ def main(args):
         }
         report["sweep"] = []
         measured = in_turn(runs, args.rounds)
-        print("\n| games | network | steps/s | games % | acting % | learning % |")
-        print("|--:|:--|--:|--:|--:|--:|")
+        shares = " | ".join(f"{name} %" for name in PARTS.values())
+        print(f"\n| games | network | steps/s | {shares} |")
+        print(f"|--:|:--|--:|{'--:|' * len(PARTS)}")
         for (num_envs, arch), rounds in measured.items():
             speed = statistics.median(speed for speed, _ in rounds)
             split = {}
