@@ -126,7 +126,7 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:  # it cancels their size; the larger, the slower Adam turns them
+            if args.layer_norm:  # it hides these weights' size; Adam turns larger ones more slowly
                 init_orthogonal(self.trunk[-3], gain=4.5)
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
@@ -926,8 +926,8 @@ def choose_run_dir(args):
 
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
-    process that locks this folder ends with one line. A folder that
-    cannot be locked is used without a lock."""
+    process that locks this folder ends with one line. A folder that cannot be
+    locked is used without a lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Not buffered: close() would try again to write what a full disk has refused.
@@ -981,9 +981,10 @@ def load_checkpoint(path):
         flags = checkpoint["args"]
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
-        checkpoint["global_step"], checkpoint["agent"]  # must be there, too
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
+    if "global_step" not in checkpoint or "agent" not in checkpoint:
+        raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
     return checkpoint

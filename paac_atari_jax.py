@@ -976,8 +976,8 @@ def choose_run_dir(args):
 
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
-    process that locks this folder ends with one line. A folder that
-    cannot be locked is used without a lock."""
+    process that locks this folder ends with one line. A folder that cannot be
+    locked is used without a lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Not buffered: close() would try again to write what a full disk has refused.
@@ -1031,9 +1031,10 @@ def load_checkpoint(path):
         flags = checkpoint["args"]
         known = {field.name for field in fields(Args)}  # an older version may have had others
         checkpoint["args"] = Args(**{name: flags[name] for name in flags if name in known})
-        checkpoint["global_step"], checkpoint["agent"]  # must be there, too
     except Exception as error:  # a damaged file raises nearly anything
         raise ValueError(f"{path}: damaged, or no checkpoint of {SCRIPT}.py") from error
+    if "global_step" not in checkpoint or "agent" not in checkpoint:
+        raise ValueError(f"{path}: no global_step or no agent in it")
     if script != SCRIPT:
         raise ValueError(f"{path}: not from {SCRIPT}.py, but from {script}.py")
     return checkpoint

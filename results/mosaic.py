@@ -5,6 +5,7 @@
 plays each for so many seconds at the game's own speed. One whose game ends earlier stands still.
 """
 
+import math
 import subprocess
 import sys
 import tempfile
@@ -32,13 +33,14 @@ def main():
     out, seconds, *agents = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         games = [record(agent, seconds, Path(folder, "game.gif")) for agent in agents]
-    rows = -(-len(games) // PER_ROW)
+    rows = math.ceil(len(games) / PER_ROW)
     frames = []
     for i in range(max(map(len, games))):
         frame = Image.new("RGB", (PER_ROW * WIDTH, rows * HEIGHT))
-        for k, game in enumerate(games):
-            corner = (k % PER_ROW * WIDTH, k // PER_ROW * HEIGHT)
-            frame.paste(game[min(i, len(game) - 1)], corner)
+        for number, game in enumerate(games):
+            row, column = divmod(number, PER_ROW)
+            picture = game[min(i, len(game) - 1)]  # the last one, once the game is over
+            frame.paste(picture, (column * WIDTH, row * HEIGHT))
         frames.append(frame)
     # One palette for all frames: with one each, the file would be larger.
     palette = frames[len(frames) // 2].quantize(COLORS)

@@ -578,7 +578,7 @@ def test_bad_checkpoint_gets_one_line(script, tmp_path, capsys, kind):
         path.write_bytes(pickle.dumps(Malicious()))
     capsys.readouterr()
     error = fails(script, ["--resume", path.parent], capsys)
-    assert "damaged" in error, error
+    assert ("no global_step or no agent" if kind == "partial" else "damaged") in error, error
     assert not (tmp_path / "executed").exists()
 
 

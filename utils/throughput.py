@@ -385,8 +385,8 @@ def main(args):
         }
         report["sweep"] = []
         measured = in_turn(runs, args.rounds)
-        shares = " | ".join(f"{name} %" for name in PARTS.values())
-        print(f"\n| games | network | steps/s | {shares} |")
+        parts = " | ".join(f"{name} %" for name in PARTS.values())
+        print(f"\n| games | network | steps/s | {parts} |")
         print(f"|--:|:--|--:|{'--:|' * len(PARTS)}")
         for (num_envs, arch), rounds in measured.items():
             speed = statistics.median(speed for speed, _ in rounds)
