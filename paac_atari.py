@@ -62,7 +62,7 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    ent_coef: float | None = None  # weight of the entropy, beta; None: 0.04 / number of actions
+    ent_coef: float = 0.0067  # weight of the entropy, beta; the paper has 0.01
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
@@ -206,7 +206,6 @@ def train(args, make_env):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = WorkerPool(args, make_env)
-    ent_coef = 0.04 / envs.action_space.n if args.ent_coef is None else args.ent_coef
     agent = Agent(envs.action_space.n, args).to(device)
     optimizer = make_optimizer(agent, args)
 
@@ -281,7 +280,7 @@ def train(args, make_env):
 
         # LOSS AND STEP
         loss, policy_loss, value_loss, entropy = compute_loss(
-            logits, values, actions, returns, ent_coef, args.vf_coef
+            logits, values, actions, returns, args.ent_coef, args.vf_coef
         )
         optimizer.zero_grad()
         loss.backward()

@@ -61,7 +61,7 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    ent_coef: float | None = None  # weight of the entropy, beta; None: 0.04 / number of actions
+    ent_coef: float = 0.0067  # weight of the entropy, beta; the paper has 0.01
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
@@ -263,7 +263,6 @@ def train(args, make_env):
     device = jax.default_backend()
     envs = WorkerPool(args, make_env)
     network = (args.arch, args.init, args.bf16, args.layer_norm)
-    ent_coef = 0.04 / envs.action_space.n if args.ent_coef is None else args.ent_coef
     agent = Agent(envs.action_space.n, *network)
     key, init_key = jax.random.split(jax.random.key(args.seed))
     params = agent.init(init_key, np.zeros((1, 4, 84, 84), np.uint8))
@@ -340,7 +339,7 @@ def train(args, make_env):
             "final_values": final_values,
         }
         next_value = compute_values(agent, params, obs)
-        coefficients = (args.gamma, ent_coef, args.vf_coef)
+        coefficients = (args.gamma, args.ent_coef, args.vf_coef)
         params, opt_state, scalars = update(
             optimizer, params, opt_state, learning_rate, rollout, next_value, coefficients
         )

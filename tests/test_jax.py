@@ -261,7 +261,7 @@ def test_rollout_reaches_the_update_unmixed(recorded, monkeypatch):
     assert len(updates) == 12
     games = scripted_steps(4)
     for rollout, next_value, coefficients in updates:
-        np.testing.assert_allclose(coefficients, (0.99, 0.04 / 2, 0.5))  # two actions
+        np.testing.assert_allclose(coefficients, (0.99, 0.0067, 0.5))
         steps = list(islice(games, 5))
         for t, (shown, last_shown, over, cut, _) in enumerate(steps):
             rewards = np.where(rollout["actions"][t] == 1, 3.0, -0.5)

@@ -327,7 +327,7 @@ def test_rollout_reaches_the_returns_and_the_loss_unmixed(monkeypatch, tmp_path,
         coefficients,
     ) in rollouts:
         assert gamma == 0.99
-        assert coefficients == (0.04 / 2 if num_steps == 5 else 0.03, 0.5)  # two actions, or typed
+        assert coefficients == (0.0067 if num_steps == 5 else 0.03, 0.5)
         steps = list(islice(games, num_steps))
         for t, (shown, last_shown, over, cut, _) in enumerate(steps):
             np.testing.assert_array_equal(values[t], shown)
