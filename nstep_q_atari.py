@@ -910,8 +910,8 @@ def choose_run_dir(args):
 
 def lock_run_dir(run_dir):
     """Returns an open file. Until it is closed, which also happens when this process dies, another
-    process that locks this folder ends with one line. A folder that cannot be
-    locked is used without a lock."""
+    process that locks this folder ends with one line. A folder that cannot be locked is used
+    without a lock."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         # Not buffered: close() would try again to write what a full disk has refused.
