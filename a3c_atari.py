@@ -113,12 +113,12 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:  # it hides these weights' size; Adam turns larger ones more slowly
-                init_orthogonal(self.trunk[-3], gain=4.5)
+            if args.layer_norm:  # cancels these weights' scale; Adam turns larger ones more slowly
+                nn.init.orthogonal_(self.trunk[-3].weight, gain=4.5)  # of the last nn.Linear
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
-        # Without it, what all screens share drives a filter's weights until its ReLU is always 0.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0, unless train() updates it
+        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # only train() changes it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
@@ -134,8 +134,8 @@ class Agent(nn.Module):
 # <<< shared: network
 # >>> shared: loss
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss L of the formula, policy loss, value loss and entropy, all scalars and means.
-    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
+    """The loss L of this file's docstring, policy loss, value loss and entropy, each a scalar.
+    logits: (*batch, num_actions); values, actions, returns: batch, as in (num_steps, num_envs)."""
     logprobs = logits.log_softmax(-1)
     action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     advantages = (returns - values).detach()  # constants: the policy loss must not move the values
@@ -151,6 +151,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 def sample_actions(logits):
     """Draw actions (num_envs,) from logits (num_envs, num_actions). Continuous: docs/forking.md."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
+    # torch.multinomial() does the same, after checks for which it waits for the GPU.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
 
@@ -159,8 +160,8 @@ def sample_actions(logits):
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, backwards from R_T = next_value, (num_envs,).
-    R_{t+1} is 0 where step t ended a game or, in AtariEnv.step(), a life (terminations), and
-    final_values[t], the value of the last observation, where a time limit did (truncations).
+    R_{t+1} is 0 where step t ended a game or, in Atari, a life (terminations), and it is
+    final_values[t], the value of the last observation, after a time limit (truncations).
     All arrays but next_value: (num_steps, num_envs)."""
     returns = torch.empty_like(rewards)
     next_return = next_value.detach()
@@ -242,7 +243,7 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
                     # A time limit: the return goes on with the value of what the game showed last.
                     _, last_value = agent(torch.as_tensor(obs).unsqueeze(0))
                     final_values[t] = last_value
-                if info.get("game_over", terminated or truncated):
+                if truncated or info.get("game_over", terminated):
                     connection.send((float(score), length))
                     score = 0.0
                     length = 0
@@ -374,8 +375,8 @@ import cv2
 
 
 def make_env(args, **options):
-    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
-    can be any gymnasium environment with a Box of observations; see Worker."""
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
+    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -498,7 +499,7 @@ def resize_changed_rows(screen, previous_screen, previous_frame):
     """Resize a screen, uint8 (height, 160), to a frame, uint8 (84, 84).
 
     210 lines become 84 rows, so 5 lines become exactly 2 rows. Only the strips of 5 lines from the
-    first to the last changed line are resized, the other rows are those of previous_frame, which is
+    first to the last changed line are resized. The other rows are those of previous_frame, which is
     previous_screen resized. A game's step would take 9 to 19 % longer with all of it resized.
     """
     _, top, _, height = cv2.boundingRect(np.bitwise_xor(screen, previous_screen))
@@ -645,8 +646,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "layer_norm", "hidden_size")
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
+# A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
 
 
 def say(text, stream=None):
@@ -833,6 +834,8 @@ def save_checkpoint(run_dir, checkpoint, is_last):
             file.write(serialize(checkpoint))
             file.flush()
             os.fsync(file.fileno())
+        # What cannot be read back ends the run here, and not with --resume.
+        deserialize(path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
         if is_last:
@@ -891,9 +894,9 @@ class Log:
     def __init__(self, args, run_dir, global_step, recent_scores):
         self.args = args
         self.run_dir = run_dir
-        self.last_step = global_step  # of the last point
-        self.last_point = time.perf_counter()
-        self.last_booking = self.last_point
+        self.last_step = global_step  # of the last point, like last_time
+        self.last_time = time.perf_counter()
+        self.last_booking = self.last_time
         self.seconds = Counter()  # since the last point, by what they were spent on
         self.recent_scores = deque(recent_scores, maxlen=100)
         self.writer = None  # opened with the first point: an unwritable folder is a warning then
@@ -917,7 +920,7 @@ class Log:
         """A point of all curves. episodes: (score, length) of the games that ended since the last
         point; scalars: {tag: number or tensor}."""
         now = time.perf_counter()
-        seconds = now - self.last_point
+        seconds = now - self.last_time
         scalars = {"charts/SPS": (global_step - self.last_step) / seconds, **scalars}
         for part in self.seconds:
             scalars[f"time/{part}"] = self.seconds[part] / self.seconds.total()
@@ -937,7 +940,7 @@ class Log:
             say(f"warning: no curves in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
-        self.last_point = now
+        self.last_time = now
         self.seconds.clear()
 
     def show(self, global_step, speed):
@@ -1018,8 +1021,9 @@ class RMSpropTF(torch.optim.Optimizer):
 
     def __init__(self, params, lr, eps, alpha=0.99):
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["square_avg"] = torch.ones_like(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["square_avg"] = torch.ones_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -1037,7 +1041,7 @@ def live_units(agent, *inputs):
     """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
     for at least one of the observations, by tag. A unit that is positive for none has no gradient,
     and if that is so for all observations to come, it can never learn again.
-    The inputs are those of agent()."""
+    inputs: those of agent(). A network without nn.ReLU modules has no such layers."""
     outputs = []  # of the ReLU layers: (num_envs, units, ...)
 
     def keep(layer, inputs, output):

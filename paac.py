@@ -14,14 +14,14 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where R_t - V(s_t) is a constant in the first term. If step t ended the game, R_{t+1} is 0; if a
-time limit ended it, R_{t+1} is V of the last observation.
+where H is the entropy, and R_t and the first V(s_t) are constants. If step t ended the game,
+R_{t+1} is 0; if a time limit ended it, R_{t+1} is V of the last observation.
 
 Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
 between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
 
     python paac.py --env-id CartPole-v1   # train; Ctrl-C saves a checkpoint and stops
-    python paac.py --resume runs/NAME       # go on; games without get_state() start anew
+    python paac.py --resume runs/NAME     # resumes; games without get_state() start anew
 """
 
 import copy
@@ -111,8 +111,8 @@ class Agent(nn.Module):
 
 # >>> shared: loss
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss L of the formula, policy loss, value loss and entropy, all scalars and means.
-    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
+    """The loss L of this file's docstring, policy loss, value loss and entropy, each a scalar.
+    logits: (*batch, num_actions); values, actions, returns: batch, as in (num_steps, num_envs)."""
     logprobs = logits.log_softmax(-1)
     action_logprobs = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     advantages = (returns - values).detach()  # constants: the policy loss must not move the values
@@ -128,6 +128,7 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 def sample_actions(logits):
     """Draw actions (num_envs,) from logits (num_envs, num_actions). Continuous: docs/forking.md."""
     # If noise_a ~ Exponential(1), then p_a / noise_a is largest for action a with probability p_a.
+    # torch.multinomial() does the same, after checks for which it waits for the GPU.
     noise = torch.empty_like(logits).exponential_()
     return (logits.softmax(-1) / noise).argmax(-1)
 
@@ -136,8 +137,8 @@ def sample_actions(logits):
 # >>> shared: returns
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, backwards from R_T = next_value, (num_envs,).
-    R_{t+1} is 0 where step t ended a game or, in AtariEnv.step(), a life (terminations), and
-    final_values[t], the value of the last observation, where a time limit did (truncations).
+    R_{t+1} is 0 where step t ended a game or, in Atari, a life (terminations), and it is
+    final_values[t], the value of the last observation, after a time limit (truncations).
     All arrays but next_value: (num_steps, num_envs)."""
     returns = torch.empty_like(rewards)
     next_return = next_value.detach()
@@ -155,9 +156,9 @@ def make_optimizer(agent, args):
     settings = {"lr": args.learning_rate, "eps": args.optimizer_epsilon}
     if args.optimizer == "rmsprop":  # not torch's: see RMSpropTF, almost at the end of the file
         return RMSpropTF(agent.parameters(), **settings)
-    # More games: larger, but fewer updates, so Adam averages over fewer (Malladi et al. 2022).
-    ratio = max(1, args.num_envs / 32)
-    betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
+    # k times 32 games: k times fewer updates, so average over fewer (Malladi et al. 2022).
+    k = max(1, args.num_envs / 32)
+    betas = (max(0.0, 1 - 0.1 * k), 1 - 0.001 * k)
     return torch.optim.Adam(agent.parameters(), betas=betas, **settings, fused=True)
 
 
@@ -193,11 +194,11 @@ def train(args, make_env):
             learning_rate *= 1 - global_step / args.total_timesteps
         optimizer.param_groups[0]["lr"] = learning_rate
 
-        # ROLLOUT: all games take num_steps steps with the same parameters. The update goes back
-        # through these passes. To learn from them several times, repeat them, as pqn_atari.py does.
+        # ROLLOUT: all games take num_steps steps with the same parameters.
+        # The update goes back through these passes. Several updates repeat them: see pqn_atari.py.
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
-        final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # see last_obs
+        final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # filled below
         try:
             for t in range(args.num_steps):
                 step_logits, step_values = forward[t](torch.as_tensor(obs, device=device))
@@ -217,7 +218,7 @@ def train(args, make_env):
                     # A time limit ended games: returns need the value of their last observation.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
-            # This comes before the update: if report() loses a worker, this rollout is dropped.
+            # report() comes before the update: if it loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
@@ -318,8 +319,8 @@ SCRIPT = Path(__file__).stem
 
 
 def make_env(args, **options):
-    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
-    can be any gymnasium environment with a Box of observations; see Worker."""
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
+    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
     return gym.make(args.env_id, **options)
 
 
@@ -329,7 +330,7 @@ def check_env(args):
     except (gym.error.Error, ImportError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-        fail(f"--env-id {args.env_id} has actions {env.action_space}, not Discrete")
+        fail(f"--env-id {args.env_id} has actions {env.action_space}, not Discrete from 0 on")
     if (
         not isinstance(env.observation_space, gym.spaces.Box)
         or len(env.observation_space.shape) != 1
@@ -368,7 +369,7 @@ class Worker(gym.Env):
     """The games of one process, played one after another, as one environment with arrays, which is
     what AsyncVectorEnv needs. A game is any gymnasium environment with a Box of observations.
 
-    A game restarts when it is over: terminated or truncated, unless info["game_over"] differs.
+    A game restarts after `truncated`, and after `terminated` unless info["game_over"] is False.
     Games with get_state() and set_state(state) -> obs resume exactly where they were.
     """
 
@@ -416,7 +417,7 @@ class Worker(gym.Env):
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-            if info.get("game_over", terminated or truncated):
+            if truncated or info.get("game_over", terminated):
                 games_over.append(i)
         info = {}
         if any(truncations):
@@ -644,8 +645,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "layer_norm", "hidden_size")
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
+# A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
 
 
 def say(text, stream=None):
@@ -832,6 +833,8 @@ def save_checkpoint(run_dir, checkpoint, is_last):
             file.write(serialize(checkpoint))
             file.flush()
             os.fsync(file.fileno())
+        # What cannot be read back ends the run here, and not with --resume.
+        deserialize(path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
         if is_last:
@@ -890,9 +893,9 @@ class Log:
     def __init__(self, args, run_dir, global_step, recent_scores):
         self.args = args
         self.run_dir = run_dir
-        self.last_step = global_step  # of the last point
-        self.last_point = time.perf_counter()
-        self.last_booking = self.last_point
+        self.last_step = global_step  # of the last point, like last_time
+        self.last_time = time.perf_counter()
+        self.last_booking = self.last_time
         self.seconds = Counter()  # since the last point, by what they were spent on
         self.recent_scores = deque(recent_scores, maxlen=100)
         self.writer = None  # opened with the first point: an unwritable folder is a warning then
@@ -916,7 +919,7 @@ class Log:
         """A point of all curves. episodes: (score, length) of the games that ended since the last
         point; scalars: {tag: number or tensor}."""
         now = time.perf_counter()
-        seconds = now - self.last_point
+        seconds = now - self.last_time
         scalars = {"charts/SPS": (global_step - self.last_step) / seconds, **scalars}
         for part in self.seconds:
             scalars[f"time/{part}"] = self.seconds[part] / self.seconds.total()
@@ -936,7 +939,7 @@ class Log:
             say(f"warning: no curves in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
-        self.last_point = now
+        self.last_time = now
         self.seconds.clear()
 
     def show(self, global_step, speed):
@@ -1028,8 +1031,9 @@ class RMSpropTF(torch.optim.Optimizer):
 
     def __init__(self, params, lr, eps, alpha=0.99):
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps})
-        for p in self.param_groups[0]["params"]:
-            self.state[p]["square_avg"] = torch.ones_like(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["square_avg"] = torch.ones_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -1047,7 +1051,7 @@ def live_units(agent, *inputs):
     """The share of the units of each ReLU layer (of a convolution: its filters) that are positive
     for at least one of the observations, by tag. A unit that is positive for none has no gradient,
     and if that is so for all observations to come, it can never learn again.
-    The inputs are those of agent()."""
+    inputs: those of agent(). A network without nn.ReLU modules has no such layers."""
     outputs = []  # of the ReLU layers: (num_envs, units, ...)
 
     def keep(layer, inputs, output):
@@ -1072,7 +1076,8 @@ def repeat_agent(agent, num_passes, obs):
     """Return num_passes functions that compute agent(obs). On a GPU each is a CUDA graph, which is
     one launch instead of one per operation; call them in order, and backward in reverse order. One
     graph per pass, because a graph that runs again overwrites what backward needs of its last run.
-    obs: an example of the observations to come."""
+    A graph repeats what was recorded: no other branch of an if, no other shape, and nothing that
+    waits for the GPU, like item(). obs: an example of the observations to come."""
     if obs.device.type == "cpu":
         return [agent] * num_passes
     if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):

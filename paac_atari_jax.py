@@ -90,7 +90,7 @@ class Agent(nn.Module):
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
-        # Without it, what all screens share drives a filter's weights until its ReLU is always 0.
+        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
         # The mean screen has no gradient: update_mean_screen() moves it.
         mean_screen = self.param("mean_screen", nn.initializers.zeros, (84, 84))
         pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255  # centred: LeCun et al. 1998
@@ -104,7 +104,7 @@ class Agent(nn.Module):
             x = self.relu(self.conv(x, 64, kernel_size=4, stride=2))
             x = self.relu(self.conv(x, 64, kernel_size=3, stride=1))
             hidden_size = 512
-        # LayerNorm hides the size of these weights; Adam turns larger ones more slowly.
+        # LayerNorm cancels these weights' scale; Adam turns larger ones more slowly.
         gain = 4.5 if self.layer_norm else math.sqrt(2)
         x = self.dense(x.reshape(len(x), -1), hidden_size, gain)
         if self.layer_norm:
@@ -163,8 +163,8 @@ def compute_values(agent, params, obs):
 
 def compute_returns(rewards, terminations, truncations, final_values, next_value, gamma):
     """The n-step returns R_t = r_t + gamma R_{t+1}, backwards from R_T = next_value, (num_envs,).
-    R_{t+1} is 0 where step t ended a game or, in AtariEnv.step(), a life (terminations), and
-    final_values[t], the value of the last observation, where a time limit did (truncations).
+    R_{t+1} is 0 where step t ended a game or, in Atari, a life (terminations), and it is
+    final_values[t], the value of the last observation, after a time limit (truncations).
     All arrays but next_value: (num_steps, num_envs)."""
     returns = []
     next_return = next_value
@@ -177,8 +177,8 @@ def compute_returns(rewards, terminations, truncations, final_values, next_value
 
 
 def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
-    """The loss L of the formula, policy loss, value loss and entropy, all scalars and means.
-    logits: (num_steps, num_envs, num_actions); values, actions, returns: (num_steps, num_envs)."""
+    """The loss L of this file's docstring, policy loss, value loss and entropy, each a scalar.
+    logits: (*batch, num_actions); values, actions, returns: batch, as in (num_steps, num_envs)."""
     logprobs = jax.nn.log_softmax(logits)
     action_logprobs = jnp.take_along_axis(logprobs, actions[..., None], -1).squeeze(-1)
     advantages = jax.lax.stop_gradient(returns - values)  # constants
@@ -196,9 +196,9 @@ def make_optimizer(args):
         start = {"initial_scale": 1.0, "eps_in_sqrt": True}
         scale = optax.scale_by_rms(0.99, args.optimizer_epsilon, **start)
     else:
-        # More games: larger, but fewer updates, so Adam averages over fewer (Malladi et al. 2022).
-        ratio = max(1, args.num_envs / 32)
-        betas = (max(0.0, 1 - 0.1 * ratio), 1 - 0.001 * ratio)
+        # k times 32 games: k times fewer updates, so average over fewer (Malladi et al. 2022).
+        k = max(1, args.num_envs / 32)
+        betas = (max(0.0, 1 - 0.1 * k), 1 - 0.001 * k)
         scale = optax.scale_by_adam(*betas, eps=args.optimizer_epsilon)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), scale)
 
@@ -295,7 +295,7 @@ def train(args, make_env):
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         backwards = []  # of each step: the way back
-        final_values = np.zeros((args.num_steps, args.num_envs), np.float32)  # see last_obs
+        final_values = np.zeros((args.num_steps, args.num_envs), np.float32)  # filled below
         try:
             for t in range(args.num_steps):
                 key, step_actions, step_logits, step_values, backward = act(agent, params, key, obs)
@@ -314,7 +314,7 @@ def train(args, make_env):
                 if last_obs is not None:
                     # A time limit ended games: returns need the value of their last observation.
                     final_values[t] = compute_values(agent, params, last_obs)
-            # This comes before the update: if report() loses a worker, this rollout is dropped.
+            # report() comes before the update: if it loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
             is_last = next_step >= args.total_timesteps or len(stop_signals) > 0
             checkpoint_due = is_last or is_due(args.checkpoint_interval, global_step, next_step)
@@ -415,8 +415,8 @@ import cv2
 
 
 def make_env(args, **options):
-    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: it
-    can be any gymnasium environment with a Box of observations; see Worker."""
+    """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
+    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -539,7 +539,7 @@ def resize_changed_rows(screen, previous_screen, previous_frame):
     """Resize a screen, uint8 (height, 160), to a frame, uint8 (84, 84).
 
     210 lines become 84 rows, so 5 lines become exactly 2 rows. Only the strips of 5 lines from the
-    first to the last changed line are resized, the other rows are those of previous_frame, which is
+    first to the last changed line are resized. The other rows are those of previous_frame, which is
     previous_screen resized. A game's step would take 9 to 19 % longer with all of it resized.
     """
     _, top, _, height = cv2.boundingRect(np.bitwise_xor(screen, previous_screen))
@@ -588,7 +588,7 @@ class Worker(gym.Env):
     """The games of one process, played one after another, as one environment with arrays, which is
     what AsyncVectorEnv needs. A game is any gymnasium environment with a Box of observations.
 
-    A game restarts when it is over: terminated or truncated, unless info["game_over"] differs.
+    A game restarts after `truncated`, and after `terminated` unless info["game_over"] is False.
     Games with get_state() and set_state(state) -> obs resume exactly where they were.
     """
 
@@ -636,7 +636,7 @@ class Worker(gym.Env):
             rewards.append(reward)
             terminations.append(terminated)
             truncations.append(truncated)
-            if info.get("game_over", terminated or truncated):
+            if truncated or info.get("game_over", terminated):
                 games_over.append(i)
         info = {}
         if any(truncations):
@@ -864,8 +864,8 @@ def exit_cause(exitcode):
 
 
 # >>> shared: runs
-NETWORK_FLAGS = ("arch", "layer_norm", "hidden_size")
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)  # a resumed run keeps them
+# A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
 
 
 def say(text, stream=None):
@@ -1052,6 +1052,8 @@ def save_checkpoint(run_dir, checkpoint, is_last):
             file.write(serialize(checkpoint))
             file.flush()
             os.fsync(file.fileno())
+        # What cannot be read back ends the run here, and not with --resume.
+        deserialize(path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
     except OSError as error:
         if is_last:
@@ -1110,9 +1112,9 @@ class Log:
     def __init__(self, args, run_dir, global_step, recent_scores):
         self.args = args
         self.run_dir = run_dir
-        self.last_step = global_step  # of the last point
-        self.last_point = time.perf_counter()
-        self.last_booking = self.last_point
+        self.last_step = global_step  # of the last point, like last_time
+        self.last_time = time.perf_counter()
+        self.last_booking = self.last_time
         self.seconds = Counter()  # since the last point, by what they were spent on
         self.recent_scores = deque(recent_scores, maxlen=100)
         self.writer = None  # opened with the first point: an unwritable folder is a warning then
@@ -1136,7 +1138,7 @@ class Log:
         """A point of all curves. episodes: (score, length) of the games that ended since the last
         point; scalars: {tag: number or tensor}."""
         now = time.perf_counter()
-        seconds = now - self.last_point
+        seconds = now - self.last_time
         scalars = {"charts/SPS": (global_step - self.last_step) / seconds, **scalars}
         for part in self.seconds:
             scalars[f"time/{part}"] = self.seconds[part] / self.seconds.total()
@@ -1156,7 +1158,7 @@ class Log:
             say(f"warning: no curves in {self.run_dir}: {error}; training continues", sys.stderr)
             self.writer = None  # its thread has ended; the next point tries with a new one
         self.last_step = global_step
-        self.last_point = now
+        self.last_time = now
         self.seconds.clear()
 
     def show(self, global_step, speed):

@@ -81,8 +81,14 @@ def collect(run):
     plot.write_csv(CURVES, kept, TAG, "steps")
     game = flags["env_id"].removesuffix(SUFFIX)
     path = RESULTS / f"table1_{game}_{flags['seed']}.json"
-    if paac_atari.load_checkpoint(run)["global_step"] == STEPS and not path.exists():
+    finished = paac_atari.load_checkpoint(run)["global_step"] == STEPS
+    if finished and not has_played(run, path):
         evaluate.evaluate(evaluate.Args(str(run), json=str(path)))
+
+
+def has_played(run, path):
+    """Whether the file at path is this run's, and not that of an earlier run of the same seed."""
+    return path.exists() and Path(json.loads(path.read_text())["checkpoint"]).name == run.name
 
 
 def read_scores():

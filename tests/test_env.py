@@ -173,6 +173,28 @@ def test_time_limit_is_a_truncation():
     assert env.ale.getEpisodeFrameNumber() == 402
 
 
+def test_time_limit_of_a_wrapper_restarts_the_game():
+    """Although AtariEnv says in info that the game is not over. With terminal_on_life_loss, lives
+    that are lost before do not restart it."""
+
+    def make_env(args):
+        return gym.wrappers.TimeLimit(paac_atari.make_env(args), 50)
+
+    args = paac_atari.Args(num_envs=2, num_workers=0)
+    envs = paac_atari.WorkerPool(args, make_env)
+    envs.start(1, 0)
+    num_lives_lost = 0
+    for step in range(1, 151):
+        _, _, terminations, truncations, last_obs = envs.step(np.ones(2, int))  # FIRE
+        assert truncations.tolist() == [step % 50 == 0] * 2
+        assert (last_obs is not None) == (step % 50 == 0)
+        num_lives_lost += terminations.sum()
+    episodes, _ = envs.report(with_states=False)
+    envs.close()
+    assert [length for _, length in episodes] == [50] * 6
+    assert num_lives_lost > 0
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_time_limits_come_with_the_last_observations(num_workers, monkeypatch):
     """One array of all games, in which those that a time limit cut short show what they showed

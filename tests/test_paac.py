@@ -146,6 +146,15 @@ def test_loss_and_gradient_without_autograd():
     np.testing.assert_allclose(values.grad.numpy(), 0.3 * 2 * (v - r) / 40, rtol=1e-10)
 
 
+def test_actions_are_those_of_multinomial():
+    logits = 3 * torch.randn(64, 18)
+    torch.manual_seed(1)
+    actions = paac_atari.sample_actions(logits)
+    torch.manual_seed(1)
+    expected = torch.multinomial(logits.softmax(-1), num_samples=1).squeeze(-1)
+    assert actions.tolist() == expected.tolist()
+
+
 def test_rmsprop_by_hand():
     """mean square 1 -> 0.9 * 1 + 0.1 * 4 = 1.3 -> 0.9 * 1.3 + 0.1 * 1 = 1.27; epsilon 0.14, then
     0.42 inside the root."""

@@ -582,6 +582,15 @@ def test_bad_checkpoint_gets_one_line(script, tmp_path, capsys, kind):
     assert not (tmp_path / "executed").exists()
 
 
+def test_what_cannot_be_read_back_is_not_saved(tmp_path):
+    """As with a fork that keeps a numpy array in the checkpoint."""
+    checkpoint = checkpoint_of(paac_atari)
+    paac_atari.save_checkpoint(tmp_path, checkpoint, is_last=False)
+    with pytest.raises(pickle.UnpicklingError, match="numpy"):
+        paac_atari.save_checkpoint(tmp_path, {**checkpoint, "mine": np.zeros(3)}, is_last=False)
+    assert paac_atari.load_checkpoint(tmp_path)["script"] == "paac_atari"
+
+
 def checkpoint_of(module, **content):
     """The least that load_checkpoint() takes."""
     return {"script": module.__name__, "global_step": 0, "agent": {}, "args": {}} | content

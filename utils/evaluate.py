@@ -166,7 +166,7 @@ def record(env, act, seed, path, seconds):
     while not is_over and len(frames) < seconds * fps:
         frames.append(env.render().copy())
         obs, reward, terminated, truncated, info = env.step(act(obs[None])[0])
-        is_over = info.get("game_over", terminated or truncated)
+        is_over = truncated or info.get("game_over", terminated)
         score += reward
     if path.suffix == ".gif":
         first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
