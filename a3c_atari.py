@@ -11,11 +11,11 @@ num_steps steps with the copy, and takes one gradient step of the *shared* netwo
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where H is the entropy, r_t is clipped to [-1, 1], and R_t and the first V(s_t) are constants. If
-step t ended the game or a life, R_{t+1} is 0; if a time limit did, it is V of the last observation.
+where H is the entropy, r_t is clipped to [-1, 1], and R_t and, in the first mean, V(s_t) are
+constants. If step t ended the game or a life, R_{t+1} is 0; if a time limit did, V of the last obs.
 The others do the same at the same time: nobody waits, and there is no lock anywhere (Hogwild).
 
-Sections 1 and 2 are the algorithm; start with actor_learner(). All but section 4 below is PAAC's.
+Sections 1 and 2 are the algorithm; start with actor_learner(). The rest, but section 4, is PAAC's.
 
     python a3c_atari.py --env-id PongNoFrameskip-v4   # train; Ctrl-C saves a checkpoint and stops
     python a3c_atari.py --resume runs/NAME            # resumes; the games start anew
@@ -113,12 +113,12 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:  # cancels these weights' scale; Adam turns larger ones more slowly
+            if args.layer_norm:  # it cancels the weights' scale; Adam turns larger ones more slowly
                 nn.init.orthogonal_(self.trunk[-3].weight, gain=4.5)  # of the last nn.Linear
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
-        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # only train() changes it
+        # Without a mean, what all screens share drives a filter until its ReLU is always 0.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0 unless train() changes it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
@@ -260,8 +260,8 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
             args.gamma,
         )
 
-        # LOSS AND STEP: gradients of the copy change the shared parameters. Another pass over all 5
-        # steps takes a third of the time of going back through 5 single passes.
+        # LOSS AND STEP: the copy's gradients change the shared parameters. A second pass over all
+        # steps at once takes a third of the time of going back through num_steps single passes.
         logits, values = agent(torch.as_tensor(np.stack(observations)))
         loss, policy_loss, value_loss, entropy = compute_loss(
             logits, values, torch.cat(actions), returns, args.ent_coef, args.vf_coef
@@ -272,7 +272,7 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
         logits_norm = logits.detach().norm(dim=-1).mean()
         losses = torch.stack([policy_loss, value_loss, entropy, grad_norm, logits_norm])
         if not losses.isfinite().all():
-            connection.send(dict(zip(LOSSES[1:], losses.tolist())))
+            connection.send(dict(zip(LOSSES[1:], losses.tolist())))  # without the learning rate
             return
         for shared_p, p in zip(shared.agent.parameters(), agent.parameters()):
             shared_p.grad = p.grad
@@ -314,6 +314,7 @@ def train(args, make_env):
         is_last = global_step >= args.total_timesteps or len(stop_signals) > 0
         if is_last:
             actors.stop()
+            episodes += actors.watch(global_step)  # what ended, or failed, in the meantime
             global_step = first_step + int(shared.steps.sum())  # they finished the update at hand
         checkpoint_due = is_last or is_due(args.checkpoint_interval, last_step, global_step)
         log_due = checkpoint_due or is_due(args.log_interval, last_step, global_step)
@@ -376,7 +377,7 @@ import cv2
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -580,10 +581,10 @@ class ActorPool:
     def replace(self, i, cause):
         process = self.processes[i]
         name = f"actor-learner {i} (pid {process.pid})"
-        if process.exitcode == 0:  # it has seen the end of the run
-            return
         if process.exitcode == 1:
             sys.exit(f"{name} ended with the error printed above")
+        if process.exitcode == 0 or self.shared.stop:  # it has seen the end of the run
+            return
         process.kill()
         self.num_losses[i] += 1
         if self.num_losses[i] == 3:
@@ -592,8 +593,7 @@ class ActorPool:
         say(f"{name} {cause}; its game starts anew", sys.stderr)
         self.start_one(i)
 
-    def stop(self):
-        """Let all finish the update at hand."""
+    def stop(self):  # after the update at hand
         self.shared.stop.fill_(True)
         for process in self.processes:
             process.join(self.args.step_timeout)
@@ -647,7 +647,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

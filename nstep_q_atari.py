@@ -11,9 +11,9 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[(R_t - Q(s_t, a_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = max_a Q_target(s_T, a),  T = num_steps,
 
-where r_t is clipped to [-1, 1]. If step t ended the game or a life, R_{t+1} is 0; if a time limit
-ended the game, it is max_a Q_target of the last observation. Q_target is an old copy of
-the network (--target-interval) or, by default, the network itself.
+where r_t is clipped to [-1, 1] and R_t is a constant. If step t ended the game or a life, R_{t+1}
+is 0; if a time limit did, it is max_a Q_target of the last observation. Q_target is a copy of the
+network, renewed every --target-interval steps: by default after each update.
 
 Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
 between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
@@ -63,12 +63,12 @@ class Args:  # the comments are the texts of --help
     anneal_lr: bool = True  # the learning rate falls linearly to 0 at total_timesteps
     num_steps: int = 5  # steps per game and update, t_max
     gamma: float = 0.99  # discount per agent step
-    final_epsilons: tuple[float, ...] = (0.01,)  # final shares of random actions, cycled over games
-    exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
+    final_epsilons: tuple[float, ...] = (0.01,)  # shares of random actions, cycled over games
+    exploration_steps: int = 1_000_000  # agent steps in which the shares fall from 1 to these
     target_interval: int = 1  # agent steps between two target networks; 1: none; paper: 10,000
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
+    optimizer_epsilon: float = 1e-5  # of the optimizer; PAAC's paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
@@ -128,8 +128,8 @@ class Agent(nn.Module):
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.q, gain=1.0)
-        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # only train() changes it
+        # Without a mean, what all screens share drives a filter until its ReLU is always 0.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0 unless train() changes it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
@@ -192,7 +192,7 @@ def train(args, make_env):
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     envs = WorkerPool(args, make_env)
     agent = Agent(envs.action_space.n, args).to(device)
-    target = copy.deepcopy(agent).requires_grad_(False)
+    target = copy.deepcopy(agent).requires_grad_(False)  # renewed every --target-interval steps
     optimizer = make_optimizer(agent, args)
 
     run_dir = choose_run_dir(args)
@@ -220,7 +220,7 @@ def train(args, make_env):
         epsilons = 1 - (1 - final_epsilons) * min(1.0, global_step / args.exploration_steps)
 
         # ROLLOUT: all games take num_steps steps with the same parameters.
-        # The update goes back through these passes. Several updates repeat them: see pqn_atari.py.
+        # The update goes back through these passes. Several updates need new ones: pqn_atari.py.
         q_values = []  # of each step: (num_envs, num_actions)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # filled below
@@ -239,7 +239,7 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended games: returns need the value of their last observation.
+                    # A time limit ended games: targets need the value of their last observation.
                     last_q_values = target(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
             # report() comes before the update: if it loses a worker, this rollout is dropped.
@@ -351,7 +351,7 @@ import cv2
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -800,7 +800,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

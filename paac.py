@@ -14,8 +14,8 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where H is the entropy, and R_t and the first V(s_t) are constants. If step t ended the game,
-R_{t+1} is 0; if a time limit ended it, R_{t+1} is V of the last observation.
+where H is the entropy, and R_t and, in the first mean, V(s_t) are constants. If step t ended the
+game, R_{t+1} is 0; if a time limit ended it, R_{t+1} is V of the last observation.
 
 Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
 between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
@@ -67,7 +67,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: the paper's, which is not torch's
-    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
+    optimizer_epsilon: float = 1e-5  # of the optimizer; PAAC's paper has 0.1, inside the root
     hidden_size: int = 64  # units of each of the two hidden layers
 
     def __post_init__(self):
@@ -195,7 +195,7 @@ def train(args, make_env):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ROLLOUT: all games take num_steps steps with the same parameters.
-        # The update goes back through these passes. Several updates repeat them: see pqn_atari.py.
+        # The update goes back through these passes. Several updates need new ones: pqn_atari.py.
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # filled below
@@ -215,7 +215,7 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended games: returns need the value of their last observation.
+                    # A time limit ended games: targets need the value of their last observation.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
             # report() comes before the update: if it loses a worker, this rollout is dropped.
@@ -320,7 +320,7 @@ SCRIPT = Path(__file__).stem
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return gym.make(args.env_id, **options)
 
 
@@ -646,7 +646,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

@@ -11,8 +11,8 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where H is the entropy, r_t is clipped to [-1, 1], and R_t and the first V(s_t) are constants. If
-step t ended the game or a life, R_{t+1} is 0; if a time limit did, it is V of the last observation.
+where H is the entropy, r_t is clipped to [-1, 1], and R_t and, in the first mean, V(s_t) are
+constants. If step t ended the game or a life, R_{t+1} is 0; if a time limit did, V of the last obs.
 
 Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
 between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
@@ -66,7 +66,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
+    optimizer_epsilon: float = 1e-5  # of the optimizer; PAAC's paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
@@ -126,12 +126,12 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:  # cancels these weights' scale; Adam turns larger ones more slowly
+            if args.layer_norm:  # it cancels the weights' scale; Adam turns larger ones more slowly
                 nn.init.orthogonal_(self.trunk[-3].weight, gain=4.5)  # of the last nn.Linear
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
-        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # only train() changes it
+        # Without a mean, what all screens share drives a filter until its ReLU is always 0.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0 unless train() changes it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
@@ -230,7 +230,7 @@ def train(args, make_env):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ROLLOUT: all games take num_steps steps with the same parameters.
-        # The update goes back through these passes. Several updates repeat them: see pqn_atari.py.
+        # The update goes back through these passes. Several updates need new ones: pqn_atari.py.
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, args.num_envs, device=device)  # filled below
@@ -250,7 +250,7 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended games: returns need the value of their last observation.
+                    # A time limit ended games: targets need the value of their last observation.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
             # report() comes before the update: if it loses a worker, this rollout is dropped.
@@ -367,7 +367,7 @@ import cv2
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -816,7 +816,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

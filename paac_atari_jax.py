@@ -12,8 +12,8 @@ in one batch per step. Then the optimizer takes one gradient step on
     L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
     R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
 
-where H is the entropy, r_t is clipped to [-1, 1], and R_t and the first V(s_t) are constants. If
-step t ended the game or a life, R_{t+1} is 0; if a time limit did, it is V of the last observation.
+where H is the entropy, r_t is clipped to [-1, 1], and R_t and, in the first mean, V(s_t) are
+constants. If step t ended the game or a life, R_{t+1} is 0; if a time limit did, V of the last obs.
 
 Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
 between the scripts: utils/sync_shared.py keeps the text between "# >>> shared" and "<<<" equal.
@@ -65,7 +65,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
+    optimizer_epsilon: float = 1e-5  # of the optimizer; PAAC's paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
@@ -83,15 +83,15 @@ class Agent(nn.Module):
 
     num_actions: int
     arch: str = "nips"
-    initial: str = "orthogonal"
+    initial: str = "orthogonal"  # args.init: flax's Module has a method of that name
     bf16: bool = False
     layer_norm: bool = False
 
     @nn.compact
     def __call__(self, obs):
         """obs: uint8 (num_envs, 4, 84, 84) -> logits (num_envs, num_actions), values (num_envs,)"""
-        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
-        # The mean screen has no gradient: update_mean_screen() moves it.
+        # Without a mean, what all screens share drives a filter until its ReLU is always 0.
+        # The mean screen has no gradient: update_mean_screen() moves it, and weight decay must not.
         mean_screen = self.param("mean_screen", nn.initializers.zeros, (84, 84))
         pixels = (obs - jax.lax.stop_gradient(mean_screen)) / 255  # centred: LeCun et al. 1998
         pixels = jnp.moveaxis(pixels, 1, -1)  # flax has channels last
@@ -190,8 +190,8 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 
 
 def make_optimizer(args):
-    """Without the learning rate. RMSProp is TensorFlow's: epsilon is inside the square root, and
-    the mean square starts at 1."""
+    """All but the learning rate, which update() applies. RMSProp is TensorFlow's: epsilon is inside
+    the square root, and the mean square starts at 1."""
     if args.optimizer == "rmsprop":
         start = {"initial_scale": 1.0, "eps_in_sqrt": True}
         scale = optax.scale_by_rms(0.99, args.optimizer_epsilon, **start)
@@ -205,8 +205,8 @@ def make_optimizer(args):
 
 @partial(jax.jit, static_argnames="optimizer", donate_argnames=("params", "opt_state"))
 def update(optimizer, params, opt_state, learning_rate, rollout, next_value, coefficients):
-    """Targets, loss and step -> params, opt_state, {tag: value}. rollout: a dictionary, what act()
-    gave and what the games did, by steps; coefficients: gamma, ent_coef, vf_coef."""
+    """Targets, loss and step -> params, opt_state, {tag: value}. rollout: by name, what act() and
+    the games returned in each step; coefficients: gamma, ent_coef, vf_coef."""
     logits = jnp.stack(rollout["logits"])  # (num_steps, num_envs, num_actions)
     values = jnp.stack(rollout["values"])  # (num_steps, num_envs), and so are all others
     actions = jnp.stack(rollout["actions"])
@@ -255,7 +255,7 @@ def update_mean_screen(params, obs, rate):
 def train(args, make_env):
     """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""
     stop_signals = catch_stop_signals()
-    if args.torch_deterministic:
+    if args.torch_deterministic:  # before this, no jax array: XLA reads the flags at the first one
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true"
     if not args.cuda:
@@ -288,13 +288,13 @@ def train(args, make_env):
         if args.anneal_lr:
             learning_rate *= 1 - global_step / args.total_timesteps
 
-        # ROLLOUT: all games take num_steps steps with the same parameters. act() also returns the
-        # way back through its forward pass, which update() takes: a second pass would compute the
-        # same numbers. To train several epochs on a batch, as PPO does, keep each obs here and call
+        # ROLLOUT: all games take num_steps steps with the same parameters. act() also returns its
+        # backward pass, which update() calls: a second forward pass would compute the same numbers.
+        # To train several epochs on a batch, as PPO does, keep each obs here and call
         # agent.apply(params, obs) again in update().
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
-        backwards = []  # of each step: the way back
+        backwards = []  # of each step: act()'s backward pass
         final_values = np.zeros((args.num_steps, args.num_envs), np.float32)  # filled below
         try:
             for t in range(args.num_steps):
@@ -312,7 +312,7 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended games: returns need the value of their last observation.
+                    # A time limit ended games: targets need the value of their last observation.
                     final_values[t] = compute_values(agent, params, last_obs)
             # report() comes before the update: if it loses a worker, this rollout is dropped.
             next_step = global_step + batch_size
@@ -343,7 +343,7 @@ def train(args, make_env):
         params, opt_state, scalars = update(
             optimizer, params, opt_state, learning_rate, rollout, next_value, coefficients
         )
-        explained_variance = scalars.pop("losses/explained_variance")
+        explained_variance = scalars.pop("losses/explained_variance")  # -inf or nan: equal returns
         stop_if_not_finite(scalars, next_step)
         if args.subtract_mean_screen:
             rate = max(batch_size / next_step, 0.001)  # 1 / updates so far, at first
@@ -416,7 +416,7 @@ import cv2
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -865,7 +865,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

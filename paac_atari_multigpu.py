@@ -7,12 +7,18 @@
 
 Each rank is a process with its part of the num_envs games, its own workers and its own copy of the
 network. The ranks' gradients are averaged, so that all copies stay the same; rank 0 keeps the log
-and the checkpoints. The algorithm is that of paac_atari.py, whose diff is what distribution costs.
+and the checkpoints. The algorithm is paac_atari.py's; a diff of the two shows what the ranks add.
+
+    L   = mean[-log pi(a_t|s_t) (R_t - V(s_t))] - ent_coef mean[H] + vf_coef mean[(R_t - V(s_t))^2]
+    R_t = r_t + gamma R_{t+1},  R_T = V(s_T),  T = num_steps,
+
+where H is the entropy, r_t is clipped to [-1, 1], and R_t and, in the first mean, V(s_t) are
+constants. If step t ended the game or a life, R_{t+1} is 0; if a time limit did, V of the last obs.
 
     torchrun --standalone --nproc-per-node 2 paac_atari_multigpu.py --num-envs 64
     torchrun --standalone --nproc-per-node 2 --max-restarts 3 paac_atari_multigpu.py --resume auto
     torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --nproc-per-node 8 \
-        paac_atari_multigpu.py
+        paac_atari_multigpu.py --num-envs 256
 """
 
 import copy
@@ -33,8 +39,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-# Set by torchrun: the number of this process among all and among those of this machine, and how
-# many there are of each.
+# Set by torchrun: this process's number among all and how many those are; the same two numbers
+# among the processes of this machine.
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -56,7 +62,7 @@ class Args:  # the comments are the texts of --help
     frame_skip: int = 4  # emulator frames per agent step (replaces the id's own)
     terminal_on_life_loss: bool = True  # a lost life ends the return, not the game or its score
     num_envs: int = 32  # games played in parallel by all ranks together, n_e
-    num_workers: int | None = None  # of a rank, n_w; None: one per core; 0: none (to debug)
+    num_workers: int | None = None  # of a rank, n_w; None: its share of the cores; 0: none (debug)
     step_timeout: float = 60.0  # seconds without an answer after which a worker counts as lost
 
     total_timesteps: int = 10_000_000  # agent steps, summed over the games
@@ -68,7 +74,7 @@ class Args:  # the comments are the texts of --help
     vf_coef: float = 0.5  # weight of the values' squared error
     max_grad_norm: float = 0.5  # a gradient of a larger global norm is scaled down to it
     optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop: TensorFlow's, as in the paper
-    optimizer_epsilon: float = 1e-5  # of the optimizer; the paper has 0.1, inside the root
+    optimizer_epsilon: float = 1e-5  # of the optimizer; PAAC's paper has 0.1, inside the root
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in), the paper's
     subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
@@ -128,12 +134,12 @@ class Agent(nn.Module):
         self.value = nn.Linear(hidden_size, 1)
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
-            if args.layer_norm:  # cancels these weights' scale; Adam turns larger ones more slowly
+            if args.layer_norm:  # it cancels the weights' scale; Adam turns larger ones more slowly
                 nn.init.orthogonal_(self.trunk[-3].weight, gain=4.5)  # of the last nn.Linear
             init_orthogonal(self.policy, gain=0.01)  # the first policy is nearly uniform
             init_orthogonal(self.value, gain=1.0)
-        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # only train() changes it
+        # Without a mean, what all screens share drives a filter until its ReLU is always 0.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0 unless train() changes it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
@@ -164,8 +170,8 @@ def compute_loss(logits, values, actions, returns, ent_coef, vf_coef):
 # <<< shared: loss
 def sample_actions(logits, args, first_game):
     """Draw actions from softmax(logits): (this rank's games, num_actions) -> (this rank's games,).
-    All ranks draw the noise of all games, so that their number changes nothing (until one loses a
-    worker)."""
+    All ranks draw the noise of all games, so that their number changes nothing and a resumed run is
+    exact (until one loses a worker)."""
     noise = torch.empty(args.num_envs, logits.shape[-1], device=logits.device).exponential_()
     return (logits.softmax(-1) / noise[first_game : first_game + len(logits)]).argmax(-1)
 
@@ -221,7 +227,7 @@ def gather_from_ranks(x):
 def train(args, make_env):
     """Train in a new run folder, or in the one of --resume. make_env(args) makes one game."""
     stop_signals = catch_stop_signals()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same on all ranks, so draw for all games: see sample_actions
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torchrun = os.getppid()
     device = join_ranks(args)
@@ -229,7 +235,9 @@ def train(args, make_env):
     rank_args = replace(args, num_envs=args.num_envs // WORLD_SIZE)  # this rank's games
     first_game = RANK * rank_args.num_envs
     envs = WorkerPool(rank_args, make_env, first_game)
-    agent = Agent(envs.action_space.n, args).to(device)
+    agent = Agent(envs.action_space.n, args)
+    agent.load_state_dict(gather_from_ranks(agent.state_dict())[0])  # CPUs may round differently
+    agent.to(device)
     optimizer = make_optimizer(agent, args)
 
     run_dir = gather_from_ranks(choose_run_dir(args))[0]  # whose name has the time in it
@@ -238,7 +246,7 @@ def train(args, make_env):
     global_step = checkpoint.get("global_step", 0)
     if checkpoint:
         restore(checkpoint, agent, optimizer, args)
-        if device.type == "cuda" and checkpoint["rng"]["cuda"]:  # the same on all ranks
+        if device.type == "cuda" and checkpoint.get("rng", {}).get("cuda"):  # the same on all ranks
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"][0], device)
     if len(set(gather_from_ranks(global_step))) > 1:
         fail("the ranks start at different steps: runs/ must be the same folder on all machines")
@@ -259,7 +267,7 @@ def train(args, make_env):
         optimizer.param_groups[0]["lr"] = learning_rate
 
         # ROLLOUT: all games take num_steps steps with the same parameters.
-        # The update goes back through these passes. Several updates repeat them: see pqn_atari.py.
+        # The update goes back through these passes. Several updates need new ones: pqn_atari.py.
         logits, values = [], []  # of each step: (num_envs, num_actions) and (num_envs,)
         actions, rewards, terminations, truncations = [], [], [], []  # of each step: (num_envs,)
         final_values = torch.zeros(args.num_steps, rank_args.num_envs, device=device)
@@ -279,7 +287,7 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended games: returns need the value of their last observation.
+                    # A time limit ended games: targets need the value of their last observation.
                     _, last_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_values.detach()
             # report() comes before the update: if it loses a worker, this rollout is dropped.
@@ -318,7 +326,7 @@ def train(args, make_env):
         )
         optimizer.zero_grad()
         loss.backward()
-        # The gradients, what is logged, and whether a rank was told to stop or torchrun was killed.
+        # The gradients, the losses, and whether a rank was told to stop or torchrun was killed.
         stop = torch.tensor(float(bool(stop_signals) or os.getppid() != torchrun), device=device)
         gradients = [p.grad for p in agent.parameters()]
         average_over_ranks([*gradients, policy_loss, value_loss, entropy, stop])
@@ -363,6 +371,7 @@ def train(args, make_env):
 
     envs.close()
     lock.close()
+    gather_from_ranks(None)  # rank 0 has saved its checkpoint: torchrun ends all when one exits
     dist.destroy_process_group()
     if told_to_stop:
         signum = stop_signals[0][1] if stop_signals else signal.SIGTERM  # it came to another rank
@@ -384,7 +393,8 @@ def join_ranks(args):
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    # torchrun's store outlives a restart: without a prefix, a rank might meet those that died.
+    # torchrun's store outlives a restart: without a prefix, a rank might meet those that died. Each
+    # torchrun counts by itself: after --max-restarts, several machines may wait for each other.
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
@@ -439,7 +449,7 @@ import cv2
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -888,7 +898,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

@@ -14,8 +14,8 @@ and for each minibatch of them takes one gradient step on
 
 r_t is clipped to [-1, 1]. V_t = max_a Q(s_t, a) and R_t are computed once, by the network that
 played, and stay fixed for the gradient steps on its rollout. There is no older network (target
-network), and no older steps (replay buffer); LayerNorm is to keep that stable. If step t ended the
-game or a life, R_t is r_t; if a time limit ended the game, R_t is r_t + gamma V of the last
+network) and no older data (replay buffer); LayerNorm is meant to keep this stable. If step t ended
+the game or a life, R_t is r_t; if a time limit ended the game, R_t is r_t + gamma V of the last
 observation. What differs from the paper is listed in docs/algorithms.md.
 
 Sections 1 and 2 are the algorithm; start with train(). The plumbing below them hardly differs
@@ -68,9 +68,9 @@ class Args:  # the comments are the texts of --help
     num_minibatches: int = 8  # gradient steps per pass
     gamma: float = 0.99  # discount per agent step
     q_lambda: float = 0.65  # weight of R_{t+1} against V_{t+1}; 0: one-step Q, 1: n-step Q
-    final_epsilons: tuple[float, ...] = (0.01,)  # at the end, cycled over games; the paper: 0.001
-    exploration_steps: int = 1_000_000  # agent steps in which they fall from 1 to these
-    max_grad_norm: float = 10.0  # a larger global norm is scaled down to it; the paper's: 20 here
+    final_epsilons: tuple[float, ...] = (0.01,)  # shares of random actions, cycled; paper: 0.001
+    exploration_steps: int = 1_000_000  # agent steps in which the shares fall from 1 to these
+    max_grad_norm: float = 10.0  # a larger gradient norm is scaled down to it; paper: 20 for this L
     optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper: RAdam; rmsprop: TensorFlow's
     optimizer_epsilon: float = 1e-5  # of the optimizer; the paper: 1e-8
     arch: Literal["nips", "nature"] = "nips"  # Mnih et al. 2013, or 2015: 3 times the arithmetic
@@ -132,8 +132,8 @@ class Agent(nn.Module):
         if args.init == "orthogonal":  # torch's layers come with "uniform"
             init_orthogonal(self.trunk, gain=math.sqrt(2))
             init_orthogonal(self.q, gain=1.0)
-        # Without this mean, what all screens share drives a filter until its ReLU is always 0.
-        self.register_buffer("mean_screen", torch.zeros(84, 84))  # only train() changes it
+        # Without a mean, what all screens share drives a filter until its ReLU is always 0.
+        self.register_buffer("mean_screen", torch.zeros(84, 84))  # 0 unless train() changes it
         self.to(memory_format=torch.channels_last)  # halves the time of nips' updates on a CPU
 
     def forward(self, obs):
@@ -160,7 +160,7 @@ def compute_loss(q_values, actions, returns):
 # <<< shared: q network
 def compute_returns(rewards, terminations, truncations, final_values, values, gamma, q_lambda):
     """The returns of Peng's Q(lambda), R_t = r_t + gamma ((1 - lambda) V_{t+1} + lambda R_{t+1}),
-    backwards and not cut at random actions. What gamma multiplies is
+    backwards, not cut at random actions. What gamma multiplies (bootstrap in the code) is
     0 where step t ended a game or, in Atari, a life (terminations), and it is
     final_values[t], the value of the last observation, after a time limit (truncations).
     values: V_t = max_a Q(s_t, a), (num_steps + 1, num_envs). All others: (num_steps, num_envs)."""
@@ -244,7 +244,7 @@ def train(args, make_env):
                 truncations.append(truncated)
                 log.book_time("env")
                 if last_obs is not None:
-                    # A time limit ended games: returns need the value of their last observation.
+                    # A time limit ended games: targets need the value of their last observation.
                     with torch.no_grad():
                         last_q_values = agent(torch.as_tensor(last_obs, device=device))
                     final_values[t] = last_q_values.amax(-1)
@@ -275,8 +275,8 @@ def train(args, make_env):
             rewards, terminations, truncations, final_values, values, args.gamma, args.q_lambda
         )
 
-        # LOSS AND STEPS. The loss in the log is that of the last minibatch, after all other steps
-        # on this rollout: it is no measure against scripts that take one step.
+        # LOSS AND STEPS. The logged loss is that of the last minibatch, after all other steps on
+        # this rollout, so it is not comparable to that of scripts that take one step.
         observations = torch.cat(observations)  # (num_steps * num_envs, 4, 84, 84)
         actions = actions.flatten()  # in the same order: (num_steps * num_envs,)
         returns = returns.flatten()
@@ -363,7 +363,7 @@ import cv2
 
 def make_env(args, **options):
     """One game; for a video, options are render_mode="rgb_array". Put your own wrappers here: any
-    gymnasium environment will do whose observations and actions Agent takes; see also Worker."""
+    gymnasium environment will do whose observations and actions Agent takes: docs/forking.md"""
     return AtariEnv(args.env_id, args.frame_skip, args.terminal_on_life_loss, **options)
 
 
@@ -812,7 +812,8 @@ def exit_cause(exitcode):
 
 # >>> shared: runs
 # A resumed run keeps these, because the checkpoint's network, optimizer and games fit no others.
-FIXED_FLAGS = ("env_id", "num_envs", "optimizer", "arch", "layer_norm", "hidden_size")
+NETWORK_FLAGS = ("arch", "hidden_size", "layer_norm", "subtract_mean_screen")
+FIXED_FLAGS = ("env_id", "num_envs", "optimizer", *NETWORK_FLAGS)
 
 
 def say(text, stream=None):

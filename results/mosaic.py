@@ -13,20 +13,28 @@ from pathlib import Path
 
 from PIL import Image, ImageSequence
 
-EVALUATE = Path(__file__).resolve().parent.parent / "utils" / "evaluate.py"
+UTILS = Path(__file__).resolve().parent.parent / "utils"
+sys.path.insert(0, str(UTILS))
+from evaluate import gif_durations
+
 PER_ROW = 3
 WIDTH, HEIGHT = 160, 210
 COLORS = 64
-MILLISECONDS = 67  # between two actions, which are four frames apart
+FPS = 15  # one picture per action, which lasts four frames of 1/60 s
 
 
 def record(agent, seconds, path):
     """The frames of one game."""
-    command = [sys.executable, EVALUATE, agent, "--episodes", "1"]
+    command = [sys.executable, UTILS / "evaluate.py", agent, "--episodes", "1"]
     command += ["--video", path, "--video-seconds", seconds]
     subprocess.run(list(map(str, command)), check=True)
+    frames = []
     with Image.open(path) as gif:
-        return [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
+        for frame in ImageSequence.Iterator(gif):
+            # Equal frames in a row are stored as one, which is shown for longer.
+            repeats = round(frame.info["duration"] * FPS / 1000)
+            frames += [frame.convert("RGB")] * repeats
+    return frames
 
 
 def main():
@@ -45,7 +53,8 @@ def main():
     # One palette for all frames: with one each, the file would be larger.
     palette = frames[len(frames) // 2].quantize(COLORS)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    frames[0].save(out, save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0)
+    durations = gif_durations(len(frames), FPS)
+    frames[0].save(out, save_all=True, append_images=frames[1:], duration=durations, loop=0)
     print(f"{out}: {Path(out).stat().st_size:,} bytes")
 
 

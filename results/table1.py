@@ -231,8 +231,11 @@ def draw_panel(axis, game, seeds):
 
 def main():
     gym.register_envs(ale_py)
-    for run in sys.argv[1:]:
-        collect(Path(run))
+    newest = {}  # run of each game and seed; the time is at the end of its name
+    for run in sorted(map(Path, sys.argv[1:])):
+        newest[run.name.rpartition("__")[0]] = run
+    for run in newest.values():
+        collect(run)
     means, errors = read_scores()
     if not means:
         sys.exit(f"there is no {RESULTS}/table1_*.json")

@@ -1,8 +1,7 @@
-"""What all tests share. Everything is tested through the scripts' own functions and command lines;
-SCRIPTS lists the scripts.
+"""What all tests share. Everything is tested through the scripts' own functions and command lines.
 
-    python -m pytest            # minutes: paac_atari.py, the mathematics of all, each script once
-    python -m pytest -m slow    # the rest: what takes longer, and the siblings' plumbing
+python -m pytest            # minutes: paac_atari.py, the mathematics of all, each script once
+python -m pytest -m slow    # the rest: what takes longer, and the siblings' plumbing
 """
 
 import importlib
@@ -23,7 +22,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 Q_SCRIPTS = ["nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 VALUE_BASED = [*Q_SCRIPTS, "pqn_atari"]
 SYNCHRONOUS = ["paac_atari", *VALUE_BASED, "paac_atari_jax"]
-SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]  # paac.py: see test_gym.py
+# paac.py has test_gym.py, paac_atari_multigpu.py test_multigpu.py.
+SCRIPTS = [*SYNCHRONOUS, "a3c_atari"]
 # Below the fence the value-based scripts are paac_atari.py, letter for letter (test_drift.py):
 # what is long and happens there alone is tried with these.
 DISTINCT = ["paac_atari", "paac_atari_jax", "a3c_atari"]
@@ -34,7 +34,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "utils")]
 
 
 def each(scripts):
-    """For parametrize: all scripts but paac_atari.py are slow, as most of their text is its own."""
+    """For parametrize: all scripts but paac_atari.py are slow, because most of their text is its
+    text, which is always tested."""
     return [
         name if name == "paac_atari" else pytest.param(name, marks=pytest.mark.slow)
         for name in scripts
@@ -53,8 +54,8 @@ def script(request):
 
 
 def small(script):
-    """Flags of a run of a few seconds: 4 games on 2 workers, or 2 actor-learners; an update takes
-    20 steps, or 5."""
+    """Flags of a run of a few seconds: 4 games on 2 workers, or 2 actor-learners. An update takes
+    20 steps, in the one-step scripts 4, in A3C 5."""
     flags = ["--log-interval", "40"]
     if script.__name__ != "paac":
         flags += ["--env-id", "PongNoFrameskip-v4"]

@@ -9,12 +9,11 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, scalars
+from conftest import ROOT, run, scalars, tool
 from test_runs import descendants, load, parents, wait_for
 from torch.utils.tensorboard import SummaryWriter
 
-sys.path.insert(0, str(ROOT / "utils"))
-BENCHMARK = [sys.executable, str(ROOT / "utils" / "benchmark.py")]
+BENCHMARK = tool("benchmark")
 PLAN = """# one that works and one that fails
 paac_atari.py --env-id BreakoutNoFrameskip-v4 --log-interval 500 --total-timesteps 10400
 paac_atari.py --env-id BreakoutNoFrameskip-v4 --exp-name broken --learning-rate 1e12
@@ -125,16 +124,10 @@ def test_killed_benchmark_leaves_no_orphans(tmp_path):
 
 @pytest.mark.slow
 def test_hours_end_a_run_and_cores_are_shared_out(tmp_path):
-    command = [
-        *BENCHMARK,
-        "--games",
-        "Breakout",
-        "--hours",
-        "0.007",
-        "--parallel",
-        len(os.sched_getaffinity(0)),
-    ]
-    result = run([*command, "--flags=--num-envs 4 --log-interval 100"], tmp_path)
+    command = [*BENCHMARK, "--scripts", "paac", "--games", "CartPole-v1", "--hours", "0.007"]
+    command += ["--parallel", len(os.sched_getaffinity(0))]
+    flags = "--flags=--num-envs 4 --log-interval 1000 --total-timesteps 100000000"
+    result = run([*command, flags], tmp_path)
     assert result.returncode == 0 and "done: " in result.stdout, result.stderr
     (log,) = tmp_path.glob("benchmark/*.log")
     assert " 4 games on 1 workers" in log.read_text() and "SIGINT: stopped" in log.read_text()
@@ -205,6 +198,15 @@ def test_plan_refuses_at_once(tmp_path, monkeypatch, flags, words):
     with pytest.raises(SystemExit) as stopped:
         benchmark.plan(benchmark.Args(**flags))
     assert words in stopped.value.code and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize("game", ["Pong", "PongNoFrameskip-v4", "ALE/Pong-v5"])
+def test_plan_takes_names_and_ids(game):
+    """In a process of its own: in this one, another test may have made the ids known already."""
+    code = f"import sys; sys.path.append({str(ROOT)!r}); import benchmark; "
+    code += f"(run,) = benchmark.plan(benchmark.Args(games=[{game!r}])); print(run.args.env_id)"
+    result = run([sys.executable, "-c", code], ROOT / "utils")
+    assert result.stdout.strip() == (game if "-v" in game else f"{game}NoFrameskip-v4")
 
 
 def test_plan_takes_scripts_with_and_without_py():

@@ -40,7 +40,7 @@ BOOTS_DIFFER = [
 ]
 
 
-# Screens of 210, 210, 250, 214 and 210 lines; the v5 ones with sticky actions.
+# AirRaid's screens have 250 lines, Carnival's 214, the others' 210. The v5 ids have sticky actions.
 @pytest.mark.parametrize(
     "env_id, life_loss",
     [

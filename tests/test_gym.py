@@ -8,7 +8,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, command, only_run, run, scalars
+from conftest import ROOT, command, only_run, run, scalars, tool
 from test_runs import load
 
 import paac
@@ -97,6 +97,12 @@ def test_own_game_runs_and_resumes(own_game):
     assert load(run_dir)["global_step"] == 3000
     curve = scalars(run_dir)
     assert curve["charts/episodic_return"][0][1] == curve["charts/episodic_length"][0][1] == 150
+    # There is no published score of it, and gymnasium knows it without the module's name alone.
+    evaluate = tool("evaluate", run_dir, "--episodes", 2, "--num-workers", 0)
+    evaluate += ["--script", own_game / "paac.py"]
+    result = run(evaluate, own_game)
+    assert result.returncode == 0, result.stderr
+    assert "2 games, sampled actions: score 150.00" in result.stdout
 
 
 ERRORS = {
@@ -159,12 +165,11 @@ def test_evaluate_and_plot(tmp_path):
     flags = ["--num-envs", "4", "--num-workers", "2", "--log-interval", "500"]
     assert run(command(paac, *flags, "--total-timesteps", 2000), tmp_path).returncode == 0
     run_dir = only_run(tmp_path)
-    utils = ROOT / "utils"
-    evaluate = [sys.executable, utils / "evaluate.py", run_dir, "--episodes", 4, "--num-envs", 2]
-    result = run([*evaluate, "--json", "scores.json"], tmp_path)
+    evaluate = tool("evaluate", run_dir, "--episodes", 4, "--num-envs", 2, "--json", "scores.json")
+    result = run(evaluate, tmp_path)
     assert result.returncode == 0, result.stderr
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["scores"] == scores["lengths"] and np.mean(scores["scores"]) == scores["mean"]
-    result = run([sys.executable, utils / "plot.py", run_dir], tmp_path)
+    result = run(tool("plot", run_dir), tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "curves.png").stat().st_size > 10_000

@@ -15,10 +15,8 @@ import paac_atari
 TORCH = [script for script in SCRIPTS if script != "paac_atari_jax"]
 
 # One game over five steps: rewards, what ends where, what follows the last step, and the returns
-# worked out by hand (gamma 0.5).
-NOTHING, TERMINATED, TRUNCATED = 0, 1, 2
-# Also a lost life
-# V(final observation) = 40
+# worked out by hand (gamma 0.5; the value of the last observation before a time limit is 40).
+NOTHING, TERMINATED, TRUNCATED = 0, 1, 2  # a lost life terminates, too
 HAND_COMPUTED = {
     "goes on": ([1, 0, 0, 2, 0], [0, 0, 0, 0, 0], 8.0, [1.5, 1.0, 2.0, 4.0, 4.0]),
     "terminates": (
@@ -178,8 +176,8 @@ def test_rmsprop_by_hand():
 )
 @pytest.mark.parametrize("paper", [True, False])
 def test_network(arch, sizes, paper):
-    """Layers of the papers, and LayerNorm unless it is to be the papers'; the initial policy is
-    nearly uniform; uint8 in any grouping of the games."""
+    """The papers' layers, with a LayerNorm unless `paper`; a nearly uniform first policy; an
+    observation alone gives what it gives in a batch."""
     torch.manual_seed(0)
     args = paac_atari.Args(arch=arch, layer_norm=not paper)
     agent = paac_atari.Agent(6, args)
@@ -255,7 +253,7 @@ def test_live_units(script, arch, layers):
 @pytest.mark.parametrize("layer_norm", [True, False])
 def test_network_init_by_default(script, arch, hidden, layer_norm):
     """Orthogonal: divided by the gain, W W' or, where the layer is wider than deep, W' W is
-    the identity. Of all scripts."""
+    the identity."""
     is_larger = layer_norm and script.__name__ not in VALUE_BASED
     gains = {"policy": 0.01, "value": 1.0, "q": 1.0, hidden: 4.5 if is_larger else 2**0.5}
     agent = script.Agent(6, script.Args(arch=arch, layer_norm=layer_norm))

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -173,8 +174,8 @@ def ended_at(script, total_timesteps, output):
 
 
 def warnings(script, most):
-    """How many a run may print that comes to that many places where it writes: A3C looks every
-    0.1 s and may pass two at once."""
+    """How many warnings are right where there are `most` occasions to warn: A3C looks every 0.1 s
+    and may miss one."""
     return (most - 1, most) if script.__name__ == "a3c_atari" else (most,)
 
 
@@ -222,7 +223,7 @@ def test_resume_after_kill_is_exact(script, start, tmp_path, env_id, steps):
     args = ["--env-id", env_id, "--checkpoint-interval", steps, "--total-timesteps", 2 * steps]
     train(script, *args, "--exp-name", "whole")
     killed = start(*map(str, args), "--exp-name", "killed")
-    # Two updates after the checkpoint: TensorBoard is ahead of it
+    # Two points after the checkpoint: TensorBoard is ahead of it
     killed.wait_for_output(f"step {steps + 80:,} of")
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -278,6 +279,9 @@ def test_resume_auto_and_longer(script, tmp_path, capsys):
     assert script.parse_args([*small(script), *args, "--total-timesteps", "200"]).resume is None
     error = fails(script, ["--resume", run_dir, "--arch", "nature"], capsys)
     assert "--arch cannot change" in error
+    if script.__name__ != "a3c_atari":  # which subtracts nothing
+        error = fails(script, ["--resume", run_dir, "--no-subtract-mean-screen"], capsys)
+        assert "--subtract-mean-screen cannot change" in error
     error = fails(script, ["--resume", run_dir, "--gamma", "7"], capsys)  # also of a finished run
     assert "--gamma 7.0: must lie" in error
 
@@ -351,7 +355,7 @@ def test_signal_to_the_group_stops_with_a_checkpoint(start, tmp_path, signum):
     assert f"{signum.name}: stopped at step" in r.log.read_text()
     assert "Traceback" not in r.log.read_text()
     assert load(only_run(tmp_path))["global_step"] > 0
-    wait_for(lambda: not family & parents().keys(), 10)
+    wait_for(lambda: not family & parents().keys())
 
 
 @pytest.mark.slow
@@ -403,7 +407,7 @@ def test_second_signal_stops_at_once(start):
     assert r.process.returncode == -signal.SIGINT
     for pid in family & parents().keys():
         kill(pid, signal.SIGCONT)
-    wait_for(lambda: not family & parents().keys(), 10)
+    wait_for(lambda: not family & parents().keys())
 
 
 # bad input ----------------------------------------------------------------------------------------
@@ -484,7 +488,6 @@ def test_bad_number_of_workers_gets_one_line(script, capsys, num_workers, messag
 
 def test_many_games_have_time_to_start(monkeypatch):
     """A second for each game of a worker on top of --step-timeout."""
-    import paac_atari
 
     class NotStarted(paac_atari.TimedVectorEnv):
         processes = []
@@ -743,14 +746,17 @@ def test_no_checkpoint_of_parameters_that_are_not_finite(script, tmp_path, monke
     step or before."""
     monkeypatch.setitem(script.RANGES, "learning_rate", (0, 1e300))
     with pytest.raises(SystemExit) as stopped:
-        flags = ["--total-timesteps", 20, "--checkpoint-interval", interval]
+        flags = ["--total-timesteps", 40 if interval == 1 else 20]
+        flags += ["--checkpoint-interval", interval]
         if script.__name__ == "a3c_atari":
             # RMSProp's first step is rate * gradient, and the usual gradients leave it finite.
             flags += ["--vf-coef", 1e9, "--max-grad-norm", 1e9]
         # The most that torch takes; JAX's step is a little smaller.
         rate = "1e39" if script.__name__ == "paac_atari_jax" else "1e38"
         train(script, *flags, "--learning-rate", rate, "--no-anneal-lr", "--optimizer-epsilon", 1)
-    assert "inf or nan" in stopped.value.code or "nan" in stopped.value.code
+    # Of A3C's processes, another one may be the first to see a loss that is not finite.
+    words = "nan" if script.__name__ == "a3c_atari" else "a parameter is inf or nan"
+    assert words in stopped.value.code
     assert checkpoint_file(only_run(tmp_path)) is None
 
 
@@ -809,7 +815,7 @@ STREAMS = {
 def test_run_does_not_depend_on_its_streams(script, tmp_path, name):
     """The checkpoint and the curves reach the end, whoever listens."""
     flags = ["--total-timesteps", "400", "--checkpoint-interval", "100"]
-    line = f"{' '.join(command(script, *small(script), *flags))} {STREAMS[name]}"
+    line = f"{shlex.join(command(script, *small(script), *flags))} {STREAMS[name]}"
     result = run(["bash", "-c", f"set -o pipefail; {line}"], tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
@@ -839,7 +845,7 @@ def test_nothing_survives_a_killed_learner(start):
     }
     assert len(workers(r.pid)) == 2
     os.kill(r.pid, signal.SIGKILL)
-    wait_for(lambda: not family & parents().keys(), 5)
+    wait_for(lambda: not family & parents().keys())
     assert not any(map(os.path.exists, shared_memory))
     assert "Traceback" not in r.log.read_text()
 
@@ -891,7 +897,6 @@ def saved_mean_screen(checkpoint):
 def test_mean_screen_is_that_of_all_updates(script, monkeypatch, tmp_path):
     """Scripted's pixels are known numbers. The newest frames after each of 12 updates count."""
     monkeypatch.setattr(Scripted, "created", 0)
-    monkeypatch.chdir(tmp_path)
     flags = ["--num-workers", 0, "--num-steps", 5, "--total-timesteps", 240]
     train(script, *flags, "--subtract-mean-screen", make_env=Scripted)
     games = scripted_steps(4)

@@ -105,7 +105,7 @@ def test_a_script_that_does_not_start_says_why(tmp_path):
     "flags, words",
     [
         ({"rounds": 0}, "must be positive"),
-        ({"train_seconds": -1}, "must be positive"),
+        ({"train_seconds": -1}, "--train-seconds 0 or more"),
         ({"scripts": ["paac_atari.py"]}, "there is no paac_atari.py.py"),
         ({"sb3_python": "/nowhere"}, "--sb3-python /nowhere: no such file"),
         ({"out": "/proc/nowhere/x"}, "cannot be written"),
@@ -117,3 +117,11 @@ def test_refuses_at_once(flags, words):
     with pytest.raises(SystemExit) as stopped:
         throughput.check(throughput.Args(**flags))
     assert words in stopped.value.code
+
+
+def test_refuses_flags_of_a_script_before_anything_is_measured(capsys):
+    import throughput
+
+    with pytest.raises(SystemExit) as stopped:
+        throughput.check(throughput.Args(networks=["nips", "nature-bf61"]))
+    assert stopped.value.code == 2 and "bf61" in capsys.readouterr().err

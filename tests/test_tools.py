@@ -136,10 +136,16 @@ def test_evaluate_refuses_at_once(tmp_path, flags, words):
     assert Path("run/checkpoint.pt").read_bytes() == before
 
 
-def test_evaluate_plays_on_no_more_workers_than_games(tmp_path):
+@pytest.mark.parametrize("episodes, num_workers", [(1, 7), (3, 2)])
+def test_evaluate_lowers_a_number_of_workers_that_does_not_fit(tmp_path, episodes, num_workers):
     train(paac_atari, "--env-id", "BreakoutNoFrameskip-v4", "--total-timesteps", 20)
-    args = evaluate.Args(str(only_run(tmp_path)), episodes=1, num_workers=7)
-    assert evaluate.evaluate(args)["episodes"] == 1
+    args = evaluate.Args(str(only_run(tmp_path)), episodes=episodes, num_workers=num_workers)
+    assert evaluate.evaluate(args)["episodes"] == episodes
+
+
+def test_a_gif_lasts_as_long_as_the_game():
+    durations = evaluate.gif_durations(num_frames=450, fps=15)  # 66.7 ms each
+    assert len(durations) == 450 and {*durations} == {60, 70} and sum(durations) == 30_000
 
 
 def test_outputs_are_tried_without_a_trace(tmp_path):
@@ -196,6 +202,27 @@ def test_curves_of_runs_and_of_files(tmp_path):
     expected = [(*published, 20_000, 1), (*published, 30_000, 1.5), *rows]
     assert plotted("paper.csv", one) == expected
     assert [row[1] for row in plotted(one, "kept.csv", labels=["a", "b"])] == 3 * ["a"] + 3 * ["b"]
+
+
+def test_two_runs_of_one_name_and_seed_stay_two_in_a_file(tmp_path):
+    one = make_run("one", [10, 20, 30], [1, 2, 3])
+    two = make_run("two", [10, 20, 30], [3, 4, 5])
+    rows = plotted(one, two)
+    Path("curves.csv").rename("kept.csv")
+    assert plotted("kept.csv") == rows
+    assert [list(curve.y) for curve in plot.read_csv("kept.csv", plot.Args([]).tag, "steps")] == [
+        [1, 2, 3],
+        [3, 4, 5],
+    ]
+
+
+def test_hours_leave_out_what_an_exported_agent_had_played(tmp_path):
+    with SummaryWriter("runs") as writer:
+        for step in (1_010_000, 1_020_000, 1_030_000):
+            writer.add_scalar("charts/SPS", 1000.0, step)
+            writer.add_scalar(plot.Args([]).tag, 1.0, step)
+    x, _ = plot.read_run("runs", plot.Args([]).tag, 1)
+    np.testing.assert_allclose(3600 * x["hours"], [10, 20, 30])
 
 
 def test_names_come_from_the_run_not_from_its_folder(tmp_path):

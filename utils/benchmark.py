@@ -11,7 +11,7 @@ The same command again resumes whatever is unfinished; Ctrl-C stops all runs wit
 A run that fails is resumed --retries times and, if that does not help, reported: the table is still
 made, and the exit code is 1. Runs go to runs/, what they print to NAME/*.log, the results to
 NAME.md, NAME.csv, and as curves to NAME_steps.png and .csv, NAME_hours.png and .csv (NAME: --out);
---flags come behind those of --runs. Sources of the published numbers: published/README.md.
+--flags are appended to each line of --runs. Sources of the published numbers: published/README.md.
 """
 
 import csv
@@ -32,11 +32,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import plot
 import tyro
-from evaluate import human_normalised
+from evaluate import atari_name, human_normalised
 from outputs import prepare
 
 UTILS = Path(__file__).resolve().parent
@@ -112,7 +111,8 @@ def plan(args):
             args.scripts, args.games, args.num_envs or [None], args.seeds
         ):
             name = script.removesuffix(".py")
-            env_id = game if game in gym.registry else f"{game}NoFrameskip-v4"
+            is_id = re.search(r"-v\d+$", game)
+            env_id = game if is_id else f"{game}NoFrameskip-v4"
             size = "" if n is None else f"--num-envs {n} --exp-name {name}-{n}"
             lines.append(f"{name} --env-id {env_id} --seed {seed} {size}")
     if not lines:
@@ -172,11 +172,11 @@ def train(run, args, stopping):
     command = [sys.executable, str(script), *run.flags, "--resume", "auto"]
     deadline = time.monotonic() + 3600 * args.hours
     for attempt in range(1 + args.retries):
-        if stopping.is_set():
-            run.error = run.error or "not finished"
-            return
         run.error = None
-        if run.reached() >= args.steps:
+        if run.reached() >= min(args.steps, run.args.total_timesteps):
+            return
+        if stopping.is_set():
+            run.error = "not finished"
             return
         say(f"{'start' if attempt == 0 else 'again'}: {run.name}")
         with open(Path(args.out, f"{run.name}.log"), "a+", errors="replace") as log:
@@ -217,7 +217,7 @@ def train(run, args, stopping):
 
 def published(env_id):
     """{column: score} of the game, as far as there are any."""
-    key = gym.spec(env_id).kwargs.get("game")
+    key = atari_name(env_id)
     scores = {}
     for column, (name, source) in PUBLISHED.items():
         with open(UTILS / "published" / name, newline="") as file:
@@ -236,8 +236,8 @@ def measure(run, budget, window):
     logged, _ = plot.read_run(run.folder, "charts/SPS", 1)  # has points also where no game ended
     xs, scores = plot.read_run(run.folder, "charts/episodic_return", 1)
     budget = budget or logged["steps"][-1]
-    # A3C ends some steps later
-    inside = (xs["steps"] > budget - window) & (xs["steps"] < 1.01 * budget)
+    # A run ends up to one update after the budget.
+    inside = (xs["steps"] > budget - window) & (xs["steps"] < budget + window / 20)
     if logged["steps"][-1] < 0.98 * budget or not inside.any():
         return None
     return budget, np.interp(budget, logged["steps"], logged["hours"]), scores[inside].mean()
@@ -317,7 +317,8 @@ def main(args):
     parallel = args.parallel or min(len(CORES), len(runs))
 
     def own_cores():
-        """What a thread starts sees that thread's cores alone, and sizes itself to them."""
+        """Pin this thread to its share of the cores. Its runs inherit them, and start as many
+        workers as that."""
         if hasattr(os, "sched_setaffinity"):
             share, slot = max(1, len(CORES) // parallel), next(slots)
             os.sched_setaffinity(0, {CORES[(slot * share + i) % len(CORES)] for i in range(share)})

@@ -159,8 +159,8 @@ def play(envs, act, seed, games_per_slot):
 def record(env, act, seed, path, seconds):
     """Write a video of one game, or its first `seconds`, with one frame per agent step."""
     fps = env.metadata.get("render_fps", 60)
-    if hasattr(env, "frame_skip"):
-        fps = 60 / env.frame_skip
+    if hasattr(env.unwrapped, "frame_skip"):
+        fps = 60 / env.unwrapped.frame_skip
     frames, score, is_over = [], 0.0, False
     obs, _ = env.reset(seed=seed)
     while not is_over and len(frames) < seconds * fps:
@@ -170,7 +170,8 @@ def record(env, act, seed, path, seconds):
         score += reward
     if path.suffix == ".gif":
         first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
-        first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+        durations = gif_durations(len(frames), fps)
+        first.save(path, save_all=True, append_images=others, duration=durations, loop=0)
     else:
         height, width, _ = frames[0].shape
         codec = cv2.VideoWriter_fourcc(*"mp4v")
@@ -185,11 +186,24 @@ def record(env, act, seed, path, seconds):
     print(f"{path}: {len(frames) / fps:.0f} s, score {score:g}{so_far}")
 
 
+def gif_durations(num_frames, fps):
+    """Milliseconds of each frame. GIF counts hundredths of a second, so that at 15 frames/s some
+    frames last 60 ms and some 70."""
+    ends = 10 * np.round(100 / fps * np.arange(num_frames + 1)).astype(int)
+    return np.diff(ends).tolist()
+
+
+def atari_name(env_id):
+    """The game's name in published/, or None if it is not one of Atari's."""
+    spec = gym.registry.get(env_id.rpartition(":")[2])  # without the module of module:Id-v0
+    return spec.kwargs.get("game") if spec else None
+
+
 def human_normalised(env_id, score):
     """100 * (score - random) / (human - random), or None where no human score is published."""
     with open(UTILS / "published" / "human_random.csv", newline="") as file:
         table = {row["game"]: row for row in csv.DictReader(file)}
-    row = table.get(gym.spec(env_id).kwargs.get("game"))
+    row = table.get(atari_name(env_id))
     if row is None:
         return None
     return 100 * (score - float(row["random"])) / (float(row["human"]) - float(row["random"]))
@@ -209,8 +223,10 @@ def evaluate(args):
     flags = SimpleNamespace(**flags)
     # A3C has no workers: its games run on those of paac_atari.py.
     plumbing = script if hasattr(script, "WorkerPool") else importlib.import_module("paac_atari")
-    if flags.num_workers is not None:
+    if flags.num_workers:  # the games of the last round may be fewer, or not a multiple
         flags.num_workers = min(flags.num_workers, num_envs)
+        while num_envs % flags.num_workers:
+            flags.num_workers -= 1
     plumbing.choose_num_workers(flags)
     envs = plumbing.WorkerPool(flags, script.make_env)
     make_network = make_jax_network if path.suffix == ".msgpack" else make_torch_network

@@ -95,17 +95,19 @@ def read_run(run_dir, tag, smooth):
     # The speed is that of each interval: sums of it leave out pauses between stop and resume.
     logged = np.array([point.step for point in tags["charts/SPS"]], float)
     speed = np.array([point.value for point in tags["charts/SPS"]])
-    hours = np.cumsum(np.diff(logged, prepend=0) / speed) / 3600
+    intervals = np.diff(logged, prepend=0)
+    if len(intervals) > 1:
+        # A run that was started from an exported agent has not played that agent's steps.
+        intervals[0] = min(intervals[0], max(intervals[1:]))
+    hours = np.cumsum(intervals / speed) / 3600
     x = {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}
     return x, average(values, smooth)
 
 
 def average(values, window):
-    """Of each value and those before it, `window` in all or as many as there are."""
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    """Replace each value by the mean of the last `window` values up to it, or of all there are."""
+    ends = range(1, len(values) + 1)
+    return np.array([values[max(0, end - window) : end].mean() for end in ends])
 
 
 def read_csv(path, tag, x):
@@ -116,10 +118,14 @@ def read_csv(path, tag, x):
         raise ValueError(f"not a file with {tag} over {x} that --csv has written")
     if not rows:
         raise ValueError("no points in it")
-    points = defaultdict(list)
+    curves = []  # (key, points)
     for *key, x_value, y_value in rows:
-        points[tuple(key)].append((float(x_value), float(y_value)))
-    return [Curve(*key, *np.array(values).T) for key, values in points.items()]
+        point = (float(x_value), float(y_value))
+        # Another run may have the same key: its curve begins where x falls.
+        if not curves or key != curves[-1][0] or point[0] < curves[-1][1][-1][0]:
+            curves.append((key, []))
+        curves[-1][1].append(point)
+    return [Curve(*key, *np.array(points).T) for key, points in curves]
 
 
 def write_csv(path, curves, tag, x):

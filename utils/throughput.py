@@ -211,12 +211,17 @@ def sb3_speed(args):
 def train_speed(args, script, num_envs, network):
     """Steps/s of a script, and which part of the time went to the games, to acting and to
     learning; A3C, whose processes do all of it at once, has no such parts."""
+    flags = training_flags(args, script, num_envs, network)
+    return measure_training([sys.executable, ROOT / f"{script}.py", *flags], args.train_seconds)
+
+
+def training_flags(args, script, num_envs, network):
     flags = ["--env-id", args.env_id, "--num-envs", num_envs, "--log-interval", LOG_INTERVAL]
     # Each game of A3C is a process.
     if args.num_workers and hasattr(importlib.import_module(script).Args, "num_workers"):
         flags += ["--num-workers", args.num_workers]
-    flags += ["--arch", *network.replace("-", " --").split()]  # nature-bf16: --arch nature --bf16
-    return measure_training([sys.executable, ROOT / f"{script}.py", *flags], args.train_seconds)
+    # nature-bf16: --arch nature --bf16
+    return [*map(str, flags), "--arch", *network.replace("-", " --").split()]
 
 
 def measure_training(command, seconds, before_the_end=lambda process: None):
@@ -336,10 +341,13 @@ def in_turn(measures, rounds):
 def check(args):
     """End with one line, before anything is measured, if something cannot work."""
     if args.rounds < 1 or args.num_envs < 1 or args.seconds <= 0 or args.train_seconds < 0:
-        sys.exit("--rounds, --num-envs, --seconds and --train-seconds must be positive")
+        sys.exit("--rounds, --num-envs and --seconds must be positive, --train-seconds 0 or more")
     for script in args.scripts:
         if not (ROOT / f"{script}.py").exists():
             sys.exit(f"--scripts {script}: there is no {script}.py in {ROOT}")
+        for network in args.networks:
+            flags = training_flags(args, script, args.num_envs, network)
+            importlib.import_module(script).parse_args(flags)  # ends with a line of its own
     if args.sb3_python and not Path(args.sb3_python).exists():
         sys.exit(f"--sb3-python {args.sb3_python}: no such file")
     prepare(f"{args.out}.json")
@@ -362,7 +370,7 @@ def main(args):
                 rounds.append(alternate(pipelines, args.num_envs, args.seconds) | emulator())
         finally:
             close()
-        speeds = {name: [speeds[name] for speeds in rounds] for name in rounds[0]}
+        speeds = {name: [measured[name] for measured in rounds] for name in rounds[0]}
         report["games"] = table(
             f"{args.num_envs} games of {args.env_id}, random actions", speeds, next(iter(pipelines))
         )
@@ -393,7 +401,7 @@ def main(args):
             split = {}
             for part in PARTS:
                 if part in rounds[0][1]:
-                    split[part] = statistics.mean(split[part] for _, split in rounds)
+                    split[part] = statistics.mean(shares[part] for _, shares in rounds)
             shares = [f"{100 * split[part]:.0f}" if part in split else "" for part in PARTS]
             print(f"| {num_envs} | {arch} | {speed:,.0f} | {' | '.join(shares)} |")
             point = {"num_envs": num_envs, "arch": arch, "steps_per_second": speed, "split": split}
