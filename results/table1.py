@@ -59,9 +59,6 @@ How each column was measured, as far as its source says:
 
 (1) Its code leaves open whether a score is that of a game or of a life.
 
-Ours on Breakout: with an entropy weight of 0.01, the default until 30 November 2026, when it became
-0.0067 for all games. It is being run again.
-
 All train with clipped rewards. Lost lives end returns in training in ours, in both zoos, SLM-Lab
 and CleanRL, not in PAAC's released code. Sources: [published](../utils/published/README.md).
 """
