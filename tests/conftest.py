@@ -1,7 +1,8 @@
-"""What all tests share. Everything is tested through the scripts' own functions and command lines.
+"""What all tests share.
+Everything is tested through the scripts' own functions and command lines.
 
-python -m pytest            # minutes: paac_atari.py, the mathematics of all, each script once
-python -m pytest -m slow    # the rest: what takes longer, and the siblings' plumbing
+    python -m pytest            # minutes: paac_atari.py, the mathematics of all, each script once
+    python -m pytest -m slow    # the rest: what takes longer, and the siblings' plumbing
 """
 
 import importlib

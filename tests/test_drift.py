@@ -132,8 +132,10 @@ def test_what_a_reader_of_paac_meets():
 
 
 @pytest.mark.parametrize("script", sync_shared.SCRIPTS)
-def test_a_script_imports_nothing_of_this_repository(script):
+def test_one_script_one_algorithm(script):
+    """No switch between algorithms, nothing imported from this repository."""
     text = source(script)
+    assert "if algorithm" not in text and "args.algorithm" not in text
     local = {path.stem for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/*.py")]} | {"utils"}
     imported = set()
     for node in ast.walk(ast.parse(text)):

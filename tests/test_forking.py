@@ -19,6 +19,7 @@ TITLES = {
     "lstm": "an LSTM",
     "continuous": "continuous actions",
 }
+MOST_CHANGED_LINES = {"ppo": 59, "lstm": 59}  # of the others 61, as the README says
 
 
 def test_all_are_here():
@@ -42,7 +43,7 @@ def apply(folder, script, name, diff):
 def test_fork_applies_and_is_as_short_as_it_is_said_to_be(tmp_path, script, name, diff):
     changed = sum(line[0] in "+-" for line in diff.splitlines())
     assert re.search(rf"\| \[{TITLES[name]}\]\(#\S+\) \| `{script}` \| {changed} \|", DOC)
-    assert changed <= 61  # as the README says
+    assert changed <= MOST_CHANGED_LINES.get(name, 61)
     compile(apply(tmp_path, script, name, diff).read_text(), name, "exec")
 
 

@@ -132,7 +132,7 @@ def test_signal_to_one_rank_stops_all_with_a_checkpoint(start, tmp_path):
     process.wait(60)
     assert "stopped at step" in log.read_text()
     assert load(next(tmp_path.glob("runs/*")))["global_step"] > 0
-    wait_for(lambda: not family & parents().keys())
+    wait_for(lambda: not family & parents().keys(), 10)
 
 
 @pytest.mark.slow

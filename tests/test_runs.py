@@ -355,7 +355,7 @@ def test_signal_to_the_group_stops_with_a_checkpoint(start, tmp_path, signum):
     assert f"{signum.name}: stopped at step" in r.log.read_text()
     assert "Traceback" not in r.log.read_text()
     assert load(only_run(tmp_path))["global_step"] > 0
-    wait_for(lambda: not family & parents().keys())
+    wait_for(lambda: not family & parents().keys(), 10)
 
 
 @pytest.mark.slow
@@ -407,7 +407,7 @@ def test_second_signal_stops_at_once(start):
     assert r.process.returncode == -signal.SIGINT
     for pid in family & parents().keys():
         kill(pid, signal.SIGCONT)
-    wait_for(lambda: not family & parents().keys())
+    wait_for(lambda: not family & parents().keys(), 10)
 
 
 # bad input ----------------------------------------------------------------------------------------
@@ -845,7 +845,7 @@ def test_nothing_survives_a_killed_learner(start):
     }
     assert len(workers(r.pid)) == 2
     os.kill(r.pid, signal.SIGKILL)
-    wait_for(lambda: not family & parents().keys())
+    wait_for(lambda: not family & parents().keys(), 5)
     assert not any(map(os.path.exists, shared_memory))
     assert "Traceback" not in r.log.read_text()
 

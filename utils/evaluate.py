@@ -223,7 +223,7 @@ def evaluate(args):
     flags = SimpleNamespace(**flags)
     # A3C has no workers: its games run on those of paac_atari.py.
     plumbing = script if hasattr(script, "WorkerPool") else importlib.import_module("paac_atari")
-    if flags.num_workers:  # the games of the last round may be fewer, or not a multiple
+    if flags.num_workers:  # lowered until each worker has as many games
         flags.num_workers = min(flags.num_workers, num_envs)
         while num_envs % flags.num_workers:
             flags.num_workers -= 1

@@ -119,12 +119,15 @@ def read_csv(path, tag, x):
     if not rows:
         raise ValueError("no points in it")
     curves = []  # (key, points)
+    last_key, last_x = None, None
     for *key, x_value, y_value in rows:
-        point = (float(x_value), float(y_value))
+        x_value = float(x_value)
         # Another run may have the same key: its curve begins where x falls.
-        if not curves or key != curves[-1][0] or point[0] < curves[-1][1][-1][0]:
-            curves.append((key, []))
-        curves[-1][1].append(point)
+        if key != last_key or x_value < last_x:
+            points = []
+            curves.append((key, points))
+        points.append((x_value, float(y_value)))
+        last_key, last_x = key, x_value
     return [Curve(*key, *np.array(points).T) for key, points in curves]
 
 
