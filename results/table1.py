@@ -46,18 +46,19 @@ How each column was measured, as far as its source says:
 
 | column | what is averaged | starts |
 |---|---|---|
-| ours | 30 games of each seed's last checkpoint, actions sampled | 1 to 30 no-ops |
+| ours | 30 games of each seed's last checkpoint, actions sampled (1) | 1 to 30 no-ops |
 | random, human | at least 3 games | up to 30 no-ops |
 | A2C and PPO, 10M | the last 100 games of training, three seeds | |
 | A2C, SB2 and SB3 zoo | games of the trained network, one run | up to 30 no-ops |
-| A2C, SLM-Lab | the last 100 evaluations in training, four seeds (1) | up to 30 no-ops |
+| A2C, SLM-Lab | the last 100 evaluations in training, four seeds (2) | up to 30 no-ops |
 | PPO and PQN, CleanRL | the last games of training, three seeds | up to 30 no-ops |
 | PAAC, 115M | | |
 | A3C, 4 days | games of the trained network | human starts |
 | GA3C | | |
 | Gorila | games of the trained network | up to 30 no-ops |
 
-(1) Its code leaves open whether a score is that of a game or of a life.
+(1) A lost life cuts its step of four frames short, as in training.
+(2) Its code leaves open whether a score is that of a game or of a life.
 
 All train with clipped rewards. Lost lives end returns in training in ours, in both zoos, SLM-Lab
 and CleanRL, not in PAAC's released code. Sources: [published](../utils/published/README.md).

@@ -4,7 +4,7 @@ made for."""
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import evaluate
@@ -70,6 +70,45 @@ def test_episodes_are_shared_out_beforehand():
     scores, lengths = evaluate.play(envs, lambda obs: np.ones(4, int), 1, games_per_slot)
     assert lengths == (3, 3, 4, 4, 5, 5, 6)
     assert scores == tuple(3 * length for length in lengths)
+
+
+@pytest.mark.parametrize("life_loss", [True, False])
+def test_plays_whole_games_of_the_environment_of_the_training(tmp_path, monkeypatch, life_loss):
+    """Lost lives cut their steps short if they did so in training; the frames that are shown after
+    the first one differ. Either way the score is that of all lives."""
+    args = paac_atari.Args(num_envs=1, num_workers=0, terminal_on_life_loss=life_loss)
+    game = paac_atari.make_env(args)
+    agent = paac_atari.Agent(game.action_space.n, args)
+    checkpoint = {"script": "paac_atari", "args": asdict(args), "global_step": 0}
+    torch.save(checkpoint | {"agent": agent.state_dict()}, tmp_path / "checkpoint.pt")
+    shown = []
+
+    def make_act(*_):
+        actions = np.random.default_rng(0)
+
+        def act(obs):
+            shown.append(obs[0])
+            return actions.integers(game.action_space.n, size=1)
+
+        return act
+
+    monkeypatch.setattr(evaluate, "make_act", make_act)
+    result = evaluate.evaluate(evaluate.Args(str(tmp_path), episodes=1, num_workers=0, seed=3))
+
+    seed = int(np.random.SeedSequence([3, 0]).generate_state(1, np.uint64)[0])
+    actions = np.random.default_rng(0)
+    obs, _ = game.reset(seed=seed)
+    score, lives, is_over = 0.0, 1, False
+    for seen in shown:
+        assert not is_over
+        np.testing.assert_array_equal(seen, obs)
+        obs, reward, terminated, _, info = game.step(actions.integers(game.action_space.n))
+        score += reward
+        is_over = info["game_over"]
+        lives += terminated and not is_over
+    assert is_over
+    assert lives == (5 if life_loss else 1)
+    assert result["scores"] == [score] and result["lengths"] == [len(shown)]
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "half"])

@@ -1,5 +1,5 @@
-"""Play whole games with a trained checkpoint: raw scores; of Atari's games, 1 to 30 no-ops at the
-start, and a lost life ends nothing.
+"""Play whole games, over all lives, with a trained checkpoint: raw scores; of Atari's games, 1 to
+30 no-ops at the start.
 
     python utils/evaluate.py runs/NAME                          # 30 games, actions as in training
     python utils/evaluate.py trained/pong.pt --greedy           # always the best action
@@ -18,6 +18,7 @@ import importlib
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -139,6 +140,22 @@ def make_act(script, network, greedy, epsilon):
     return act
 
 
+class WholeGame(gym.Wrapper):
+    """The training's environment, but `terminated` only when the game is over, with all its lives.
+
+    This is not AtariEnv without terminal_on_life_loss. In training, a lost life cuts its step of
+    frame_skip frames short, and so decides at which frames the steps of the next life begin. The
+    agent relies on that: without, Beam Rider's loses a quarter of its score."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, info.get("game_over", terminated), truncated, info
+
+
+def make_whole_game(make_env, args):
+    return WholeGame(make_env(args))
+
+
 def play(envs, act, seed, games_per_slot):
     """Scores and lengths (agent steps) of the first games_per_slot[i] games of each slot i."""
     num_envs = len(games_per_slot)
@@ -219,7 +236,6 @@ def evaluate(args):
     # The first slots play one game more where the games cannot be shared out equally.
     games_per_slot = [len(range(slot, args.episodes, num_envs)) for slot in range(num_envs)]
     flags = asdict(run_args) | {"num_envs": num_envs, "num_workers": args.num_workers}
-    flags["terminal_on_life_loss"] = False
     flags = SimpleNamespace(**flags)
     # A3C has no workers: its games run on those of paac_atari.py.
     plumbing = script if hasattr(script, "WorkerPool") else importlib.import_module("paac_atari")
@@ -228,7 +244,7 @@ def evaluate(args):
         while num_envs % flags.num_workers:
             flags.num_workers -= 1
     plumbing.choose_num_workers(flags)
-    envs = plumbing.WorkerPool(flags, script.make_env)
+    envs = plumbing.WorkerPool(flags, partial(make_whole_game, script.make_env))
     make_network = make_jax_network if path.suffix == ".msgpack" else make_torch_network
     network = make_network(checkpoint, script, envs, device)
     act = make_act(script, network, args.greedy, args.epsilon)
