@@ -396,7 +396,7 @@ class AtariEnv(gym.Env):
 
     Equals gymnasium's AtariPreprocessing and FrameStackObservation bit for bit, but fetches only
     the screens that are used, resizes only what changed, and boots once: a restart goes back to
-    that moment, which in 16 of 104 games, or with sticky actions, is not quite a new boot. With
+    that moment. That differs a little from a new boot in some games, and with sticky actions. With
     terminal_on_life_loss a lost life is `terminated`, but the game goes on: reset it when
     info["game_over"].
     """

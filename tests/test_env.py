@@ -19,26 +19,6 @@ from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
 
 import paac_atari
 
-# In these games a new boot differs from the one before, or restoring it is not exact.
-BOOTS_DIFFER = [
-    "Assault",
-    "BeamRider",
-    "Berzerk",
-    "DoubleDunk",
-    "ElevatorAction",
-    "Hangman",
-    "HauntedHouse",
-    "IceHockey",
-    "Qbert",
-    "SirLancelot",
-    "Solaris",
-    "Surround",
-    "Tennis",
-    "Tetris",
-    "TimePilot",
-    "YarsRevenge",
-]
-
 
 # AirRaid's screens have 250 lines, Carnival's 214, the others' 210. The v5 ids have sticky actions.
 @pytest.mark.parametrize(
@@ -68,7 +48,7 @@ def test_equals_gymnasium_preprocessing(env_id, life_loss):
         shown.append((obs, their_obs))
         assert outcome == their_outcome, f"step {step}"
         if outcome[1] or outcome[2]:
-            if "v5" in env_id:  # see test_a_restart_is_a_boot
+            if "v5" in env_id:  # see AtariEnv's docstring
                 break
             shown.append((ours.reset()[0], theirs.reset()[0]))
     assert step > 20
@@ -77,46 +57,42 @@ def test_equals_gymnasium_preprocessing(env_id, life_loss):
         np.testing.assert_array_equal(obs, their_obs, f"observation {i}")
 
 
-def restarted(game, boots_again):
-    """What a game shows and rewards after it was played and restarted."""
-    env = paac_atari.AtariEnv(f"ALE/{game}-v5")
-    env.reset(seed=3)
-    actions = np.random.default_rng(0).integers(env.action_space.n, size=40)
-    # The last four are no-ops, because a restored game may repeat the last action (sticky ones).
-    for action in [*actions, 0, 0, 0, 0]:
-        *_, info = env.step(action)
-        if info["game_over"]:
-            break
-    if boots_again:
-        env.booted = None
-    shown = [env.reset()[0]]
-    rewards = []
-    for action in actions:
+def start_and_play(env, seed):
+    """What a game shows and rewards after reset(seed=seed), and how many frames it had before."""
+    obs, _ = env.reset(seed=seed)
+    num_frames = env.ale.getEpisodeFrameNumber()
+    shown, rewards = [obs], []
+    for action in np.random.default_rng(0).integers(env.action_space.n, size=300):
         obs, reward, terminated, truncated, _ = env.step(action)
         shown.append(obs)
         rewards.append(reward)
         if terminated or truncated:
             break
-    return np.stack(shown), rewards
+    return np.stack(shown), rewards, num_frames
 
 
 @pytest.mark.parametrize(
     "games",
-    [["Breakout", "Pong", "Qbert"], pytest.param(None, marks=pytest.mark.slow)],
+    [["Breakout", "Pong", "BeamRider"], pytest.param(None, marks=pytest.mark.slow)],
     ids=["three", "all"],
 )
-def test_a_restart_is_a_boot(games):
-    """A restarted game is the same bits as one that boots again, except for those of the list,
-    which start all the same."""
+def test_a_restart_is_the_first_start_again(games):
+    """The same bits, in all games but two, also where one boot differs from another, as Beam
+    Rider's do."""
     for game in games or [env_id[4:-3] for env_id in all_games()[0]]:
-        shown, rewards = restarted(game, boots_again=False)
-        if game in BOOTS_DIFFER:
-            assert len(rewards) > 20, game
-            assert (shown[0] != shown[-1]).any(), game
-            continue
-        booted_shown, booted_rewards = restarted(game, boots_again=True)
-        np.testing.assert_array_equal(shown, booted_shown, game)
-        assert rewards == booted_rewards, game
+        env = paac_atari.AtariEnv(f"ALE/{game}-v5")
+        env.ale.setFloat("repeat_action_probability", 0.0)  # sticky ones are random
+        # With this seed both starts draw as many no-ops.
+        shown, rewards, num_frames = start_and_play(env, seed=8)
+        shown_again, rewards_again, num_frames_again = start_and_play(env, seed=None)
+        assert num_frames == num_frames_again
+        assert len(rewards) > 20, game
+        assert (shown[0] != shown[-1]).any(), game
+        if game in ("Qbert", "Tetris"):  # a saved state lacks part of the video chip
+            assert (shown != shown_again).any(), game
+        else:
+            np.testing.assert_array_equal(shown, shown_again, game)
+            assert rewards == rewards_again, game
 
 
 def test_passes_the_env_checker():
