@@ -74,8 +74,8 @@ def test_episodes_are_shared_out_beforehand():
 
 @pytest.mark.parametrize("life_loss", [True, False])
 def test_plays_whole_games_of_the_environment_of_the_training(tmp_path, monkeypatch, life_loss):
-    """Lost lives cut their steps short if they did so in training; the frames that are shown after
-    the first one differ. Either way the score is that of all lives."""
+    """Lost lives cut their steps short, and so shift all later frames, if they did so in training.
+    Either way the score is that of all lives."""
     args = paac_atari.Args(num_envs=1, num_workers=0, terminal_on_life_loss=life_loss)
     game = paac_atari.make_env(args)
     agent = paac_atari.Agent(game.action_space.n, args)
@@ -98,16 +98,16 @@ def test_plays_whole_games_of_the_environment_of_the_training(tmp_path, monkeypa
     seed = int(np.random.SeedSequence([3, 0]).generate_state(1, np.uint64)[0])
     actions = np.random.default_rng(0)
     obs, _ = game.reset(seed=seed)
-    score, lives, is_over = 0.0, 1, False
+    score, num_terminated, is_over = 0.0, 0, False
     for seen in shown:
         assert not is_over
         np.testing.assert_array_equal(seen, obs)
         obs, reward, terminated, _, info = game.step(actions.integers(game.action_space.n))
         score += reward
         is_over = info["game_over"]
-        lives += terminated and not is_over
+        num_terminated += terminated
     assert is_over
-    assert lives == (5 if life_loss else 1)
+    assert num_terminated == (5 if life_loss else 1)  # 1: the end of the game
     assert result["scores"] == [score] and result["lengths"] == [len(shown)]
 
 
