@@ -152,8 +152,8 @@ class WholeGame(gym.Wrapper):
         return obs, reward, info.get("game_over", terminated), truncated, info
 
 
-def make_whole_game(make_env, args):
-    return WholeGame(make_env(args))
+def make_whole_game(make_env, args, **options):
+    return WholeGame(make_env(args, **options))
 
 
 def play(envs, act, seed, games_per_slot):
@@ -182,8 +182,8 @@ def record(env, act, seed, path, seconds):
     obs, _ = env.reset(seed=seed)
     while not is_over and len(frames) < seconds * fps:
         frames.append(env.render().copy())
-        obs, reward, terminated, truncated, info = env.step(act(obs[None])[0])
-        is_over = truncated or info.get("game_over", terminated)
+        obs, reward, terminated, truncated, _ = env.step(act(obs[None])[0])
+        is_over = terminated or truncated
         score += reward
     if path.suffix == ".gif":
         first, *others = (Image.fromarray(frame).quantize(64) for frame in frames)
@@ -244,7 +244,8 @@ def evaluate(args):
         while num_envs % flags.num_workers:
             flags.num_workers -= 1
     plumbing.choose_num_workers(flags)
-    envs = plumbing.WorkerPool(flags, partial(make_whole_game, script.make_env))
+    make_env = partial(make_whole_game, script.make_env)
+    envs = plumbing.WorkerPool(flags, make_env)
     make_network = make_jax_network if path.suffix == ".msgpack" else make_torch_network
     network = make_network(checkpoint, script, envs, device)
     act = make_act(script, network, args.greedy, args.epsilon)
@@ -289,7 +290,7 @@ def evaluate(args):
             weights["agent"] = {name: p.bfloat16() for name, p in checkpoint["agent"].items()}
         Path(args.export).write_bytes(script.serialize(weights))
     if args.video:
-        env = script.make_env(flags, render_mode="rgb_array")
+        env = make_env(flags, render_mode="rgb_array")
         record(env, act, args.seed, Path(args.video), args.video_seconds)
     return result
 
