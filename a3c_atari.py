@@ -241,8 +241,7 @@ def actor_learner(number, start, args, make_env, first_step, shared, connection)
                 length += 1
                 if truncated:
                     # A time limit: the return goes on with the value of what the game showed last.
-                    _, last_value = agent(torch.as_tensor(obs).unsqueeze(0))
-                    final_values[t] = last_value
+                    _, final_values[t] = agent(torch.as_tensor(obs).unsqueeze(0))
                 if truncated or info.get("game_over", terminated):
                     connection.send((float(score), length))
                     score = 0.0
@@ -295,13 +294,13 @@ def train(args, make_env):
     run_dir = choose_run_dir(args)
     lock = lock_run_dir(run_dir)  # held until close(), so that nobody else resumes this run
     checkpoint = load_checkpoint(args.resume)  # {} without --resume
-    first_step = checkpoint.get("global_step", 0)
+    global_step = checkpoint.get("global_step", 0)
     if checkpoint:
         restore(checkpoint, agent, optimizer, args)
     say(f"{run_dir}: {args.num_envs} actor-learners")
     shared = Shared(agent, optimizer, args.num_envs)
+    first_step = global_step
     actors = ActorPool(args, make_env, first_step, shared)
-    global_step = first_step
     is_last = global_step >= args.total_timesteps
     if not is_last:
         actors.start()
@@ -335,6 +334,8 @@ def train(args, make_env):
                 "optimizer": optimizer.state_dict(),
                 "recent_scores": list(log.recent_scores),
             }
+            # The actor-learners go on, and a file that changes while it is written is damaged.
+            checkpoint = copy.deepcopy(checkpoint)
             save_checkpoint(run_dir, checkpoint, is_last)
 
     lock.close()
@@ -530,8 +531,8 @@ class ActorPool:
         self.make_env = make_env
         self.first_step = first_step
         self.shared = shared
-        self.processes = [None] * args.num_envs
-        self.connections = [None] * args.num_envs
+        self.processes = {}  # by the actor-learner's number, like the connections
+        self.connections = {}
         self.num_starts = [0] * args.num_envs
         self.num_losses = [0] * args.num_envs  # since the last update
         self.last_steps = [0] * args.num_envs
@@ -556,7 +557,7 @@ class ActorPool:
 
     def watch(self, global_step):
         """Wait a moment; start lost actor-learners anew -> (score, length) of finished games."""
-        multiprocessing.connection.wait(self.connections, timeout=0.1)
+        multiprocessing.connection.wait(self.connections.values(), timeout=0.1)
         episodes = []
         for i in range(self.args.num_envs):
             steps = int(self.shared.steps[i])
@@ -595,14 +596,13 @@ class ActorPool:
 
     def stop(self):  # after the update at hand
         self.shared.stop.fill_(True)
-        for process in self.processes:
+        for process in self.processes.values():
             process.join(self.args.step_timeout)
         self.kill()
 
     def kill(self):
-        for process in self.processes:
-            if process is not None:
-                process.kill()
+        for process in self.processes.values():
+            process.kill()
 
 
 # >>> shared: processes

@@ -137,6 +137,25 @@ def test_concurrent_updates_stay_finite(tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_checkpoints_cannot_change_while_they_are_written(tmp_path, monkeypatch):
+    """The actor-learners go on meanwhile, and a change after the checksum damages the file."""
+    serialize = a3c_atari.serialize
+    is_shared = []
+
+    def serialize_and_look(checkpoint):
+        mean_squares = [x["square_avg"] for x in checkpoint["optimizer"]["state"].values()]
+        tensors = [*checkpoint["agent"].values(), *mean_squares]
+        is_shared.extend(tensor.is_shared() for tensor in tensors)
+        return serialize(checkpoint)
+
+    monkeypatch.setattr(a3c_atari, "serialize", serialize_and_look)
+    flags = "--num-envs 2 --total-timesteps 2000 --checkpoint-interval 20"
+    _, checkpoint = trained(tmp_path, monkeypatch, Catch, flags)
+    num_tensors = len(checkpoint["agent"]) + len(checkpoint["optimizer"]["state"])
+    assert len(is_shared) >= 2 * num_tensors  # at least one checkpoint before the last
+    assert not any(is_shared)
+
+
 def test_learning_rate_falls_with_the_steps_of_all(tmp_path, monkeypatch):
     flags = "--total-timesteps 2000 --log-interval 100 --learning-rate 3e-4"
     run_dir, _ = trained(tmp_path, monkeypatch, Catch, flags)
