@@ -2,13 +2,16 @@
 many steps with 16 actor-learners as with one, and that one-step methods need fewer. Here an update
 takes its batch from all games, so that more games mean larger and fewer updates.
 
+    python utils/benchmark.py --games Breakout --num-envs 4 32 --steps 1e6 --scripts \\
+        paac_atari nstep_q_atari one_step_q_atari one_step_sarsa_atari
+    python utils/plot.py runs/Breakout*_atari-{4,32}__1__* --csv results/more_games_breakout.csv
     python results/more_games.py    # one core; the same command goes on with what is missing
 
 The scripts play Catch (tests/games.py) with 1 to 32 games, all else the same, until the mean of the
 last 100 games is 0.8 as they print it, 0.75 or more, looked at every 1,000 steps (a random player
 scores -0.7, the best 1), or for 100,000 steps. Writes more_games.csv, without a number of steps
-where 0.8 was not reached, and more_games.png, without the points at which one of the seeds did not
-reach it.
+where 0.8 was not reached, and more_games.png: Catch without the points at which one of the seeds
+did not reach it, and below it the curves of Breakout, if they are there.
 """
 
 import csv
@@ -29,8 +32,11 @@ import numpy as np
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
-sys.path.insert(0, str(ROOT))  # where the scripts are
+sys.path[:0] = [str(ROOT / "utils"), str(ROOT)]
+import plot
+
 TABLE = RESULTS / "more_games.csv"
+BREAKOUT = RESULTS / "more_games_breakout.csv"
 SCRIPTS = ["paac_atari", "nstep_q_atari", "one_step_q_atari", "one_step_sarsa_atari"]
 NUM_ENVS = [1, 2, 4, 8, 16, 32]
 SEEDS = [1, 2, 3]
@@ -87,7 +93,23 @@ def draw_line(axis, num_envs, values, label):
 
 
 def draw(results):
-    figure, (steps_axis, updates_axis) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    num_rows = 2 if BREAKOUT.exists() else 1
+    size = (12, 4 * num_rows)
+    figure, axes = plt.subplots(num_rows, 2, figsize=size, layout="constrained", squeeze=False)
+    draw_catch(*axes[0], results)
+    if BREAKOUT.exists():
+        draw_breakout(*axes[1])
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(TABLE.with_suffix(".png"), dpi=120)
+
+
+def steps_per_update(script, num_envs):
+    return num_envs * importlib.import_module(script).Args.num_steps
+
+
+def draw_catch(steps_axis, updates_axis, results):
     for script in SCRIPTS:
         num_envs, steps = [], []
         for number in NUM_ENVS:
@@ -98,18 +120,26 @@ def draw(results):
         if steps:
             num_envs = np.array(num_envs)
             steps = np.array(steps)
-            num_steps = importlib.import_module(script).Args.num_steps  # per game and update
             draw_line(steps_axis, num_envs, steps, script)
-            draw_line(updates_axis, num_envs, steps / (num_envs * num_steps), script)
+            draw_line(updates_axis, num_envs, steps / steps_per_update(script, num_envs), script)
     steps_axis.set_ylabel("agent steps until 0.8 on Catch")
     updates_axis.set_ylabel("updates until 0.8 on Catch")
     for axis in (steps_axis, updates_axis):
         axis.set(xscale="log", yscale="log", xlabel="games")
         axis.set_xticks(NUM_ENVS, NUM_ENVS)
         axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(TABLE.with_suffix(".png"), dpi=120)
+
+
+def draw_breakout(steps_axis, updates_axis):
+    """The curves of Breakout, whose labels are a script and a number of games: paac_atari-32."""
+    for curve in plot.read_csv(BREAKOUT, "charts/episodic_return", "steps"):
+        script, num_envs = curve.label.rsplit("-", 1)
+        style = {"color": f"C{SCRIPTS.index(script)}", "label": f"{script}, {num_envs} games"}
+        style["linestyle"] = "dashed" if num_envs == "4" else "solid"
+        steps_axis.plot(curve.x / 1e6, curve.y, **style)
+        updates_axis.plot(curve.x / steps_per_update(script, int(num_envs)), curve.y, **style)
+    steps_axis.set(xlabel="million agent steps", ylabel="score on Breakout")
+    updates_axis.set(xlabel="updates", ylabel="score on Breakout", xscale="log")
 
 
 def main():
