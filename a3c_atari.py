@@ -319,9 +319,8 @@ def train(args, make_env):
         log_due = checkpoint_due or is_due(args.log_interval, last_step, global_step)
 
         # LOG AND CHECKPOINT
-        if log_due:
-            num_started = max(1, int((shared.steps > 0).sum()))
-            scalars = dict(zip(LOSSES, shared.losses.sum(0) / num_started))
+        if log_due and global_step > first_step:
+            scalars = dict(zip(LOSSES, shared.losses[shared.steps > 0].mean(0)))
             scalars |= live_units(agent, shared.obs)
             log.write(global_step, episodes, scalars)
             episodes = []
@@ -343,8 +342,8 @@ def train(args, make_env):
 
 
 # =================================================================================================
-# PLUMBING: most of it the same text in all scripts. Skip it when reading. To change what is shared,
-# change it in paac_atari.py and run utils/sync_shared.py.
+# PLUMBING: nearly the same text in all scripts. Skip it when reading, and copy it as it is. To
+# change it in all of them, change it in paac_atari.py and run utils/sync_shared.py.
 # =================================================================================================
 
 import atexit
@@ -547,7 +546,7 @@ class ActorPool:
     def start_one(self, i):
         self.connections[i], far_end = mp.Pipe(duplex=False)
         work = (i, self.num_starts[i], self.args, self.make_env, self.first_step, self.shared)
-        # Not fork: a process with threads may hang in a forked child.
+        # Not fork: a process with threads, or with a GPU, may hang in a forked child.
         context = mp.get_context("forkserver")
         self.processes[i] = context.Process(target=actor_learner, args=(*work, far_end))
         self.processes[i].start()

@@ -455,7 +455,8 @@ class LocalVectorEnv(Worker):
 
 
 class TimedVectorEnv(gym.vector.AsyncVectorEnv):
-    """Raises a TimeoutError where gymnasium would wait for ever for a worker whose process runs."""
+    """Raises a TimeoutError where gymnasium would wait for ever for a worker whose process runs.
+    They get one second more: after Ctrl-Z and fg the time is over before they have run again."""
 
     start_timeout = step_timeout = None  # seconds; WorkerPool sets them
 
@@ -467,6 +468,9 @@ class TimedVectorEnv(gym.vector.AsyncVectorEnv):
 
     def call_wait(self, timeout=None):
         return super().call_wait(self.step_timeout)
+
+    def _poll_pipe_envs(self, timeout=None):
+        return super()._poll_pipe_envs(timeout) or super()._poll_pipe_envs(1.0)
 
 
 class WorkerPool:
@@ -548,14 +552,11 @@ class WorkerPool:
         spaces = (self.observation_space, self.action_space)
         if self.args.num_workers == 0:
             return LocalVectorEnv(self.args, self.make_env, *self.games, *spaces)
-        # Not fork: when workers are replaced, the learner has threads and perhaps a GPU, and a
-        # forked child may hang.
+        # Not fork: a process with threads, or with a GPU, may hang in a forked child.
         start_fork_server()
         options = {"copy": False, "autoreset_mode": "Disabled", "context": "forkserver"}
-        make_workers = [
-            partial(Worker, self.args, self.make_env, games, *spaces) for games in self.games
-        ]
-        envs = TimedVectorEnv(make_workers, **options)
+        makers = [partial(Worker, self.args, self.make_env, games, *spaces) for games in self.games]
+        envs = TimedVectorEnv(makers, **options)
         envs.step_timeout = self.args.step_timeout
         envs.start_timeout = self.args.step_timeout + self.games_per_worker  # a second per game
         place_workers(envs.processes)
@@ -1075,8 +1076,8 @@ def live_units(agent, *inputs):
 # >>> shared: cuda graphs
 def repeat_agent(agent, num_passes, obs):
     """Return num_passes functions that compute agent(obs). On a GPU each is a CUDA graph, which is
-    one launch instead of one per operation; call them in order, and backward in reverse order. One
-    graph per pass, because a graph that runs again overwrites what backward needs of its last run.
+    one launch instead of one per operation; call them in order, and backward in reverse order. Each
+    pass has its own graph and input, because using them again overwrites what backward still needs.
     A graph repeats what was recorded: no other branch of an if, no other shape, and nothing that
     waits for the GPU, like item(). obs: an example of the observations to come."""
     if obs.device.type == "cpu":
@@ -1086,7 +1087,8 @@ def repeat_agent(agent, num_passes, obs):
         # after 20 updates were the same bits.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     agents = tuple(copy.copy(agent) for _ in range(num_passes))  # which share their parameters
-    return torch.cuda.make_graphed_callables(agents, ((obs,),) * num_passes)
+    inputs = tuple((obs.clone(),) for _ in range(num_passes))
+    return torch.cuda.make_graphed_callables(agents, inputs)
 
 
 # <<< shared: cuda graphs

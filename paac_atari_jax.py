@@ -674,7 +674,8 @@ class LocalVectorEnv(Worker):
 
 
 class TimedVectorEnv(gym.vector.AsyncVectorEnv):
-    """Raises a TimeoutError where gymnasium would wait for ever for a worker whose process runs."""
+    """Raises a TimeoutError where gymnasium would wait for ever for a worker whose process runs.
+    They get one second more: after Ctrl-Z and fg the time is over before they have run again."""
 
     start_timeout = step_timeout = None  # seconds; WorkerPool sets them
 
@@ -686,6 +687,9 @@ class TimedVectorEnv(gym.vector.AsyncVectorEnv):
 
     def call_wait(self, timeout=None):
         return super().call_wait(self.step_timeout)
+
+    def _poll_pipe_envs(self, timeout=None):
+        return super()._poll_pipe_envs(timeout) or super()._poll_pipe_envs(1.0)
 
 
 class WorkerPool:
@@ -767,14 +771,11 @@ class WorkerPool:
         spaces = (self.observation_space, self.action_space)
         if self.args.num_workers == 0:
             return LocalVectorEnv(self.args, self.make_env, *self.games, *spaces)
-        # Not fork: when workers are replaced, the learner has threads and perhaps a GPU, and a
-        # forked child may hang.
+        # Not fork: a process with threads, or with a GPU, may hang in a forked child.
         start_fork_server()
         options = {"copy": False, "autoreset_mode": "Disabled", "context": "forkserver"}
-        make_workers = [
-            partial(Worker, self.args, self.make_env, games, *spaces) for games in self.games
-        ]
-        envs = TimedVectorEnv(make_workers, **options)
+        makers = [partial(Worker, self.args, self.make_env, games, *spaces) for games in self.games]
+        envs = TimedVectorEnv(makers, **options)
         envs.step_timeout = self.args.step_timeout
         envs.start_timeout = self.args.step_timeout + self.games_per_worker  # a second per game
         place_workers(envs.processes)

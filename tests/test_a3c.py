@@ -2,6 +2,7 @@
 change the same memory."""
 
 import multiprocessing
+import signal
 import time
 
 import numpy as np
@@ -113,14 +114,34 @@ def test_updates_reach_the_shared_memory():
         assert shared.steps[i] >= 5 * updates
         assert all((a != b).any() for a, b in zip(before, after))
 
-    play(0, 5)
-    assert shared.steps[1] == 0 and not shared.losses[1].any() and shared.losses[0].all()
-    play(1, 5)
-    assert shared.losses.all()
-    shared.stop.fill_(True)
+    try:
+        play(0, 5)
+        assert shared.steps[1] == 0 and not shared.losses[1].any() and shared.losses[0].all()
+        play(1, 5)
+        assert shared.losses.all()
+    finally:
+        shared.stop.fill_(True)  # they would play on, and this process would wait for them
     for process in processes:
         process.join(10)
         assert process.exitcode == 0
+
+
+def test_a_stop_before_the_first_update_logs_no_point(tmp_path, monkeypatch):
+    """It would have no speed and no losses; the run is resumed from its checkpoint."""
+    start = a3c_atari.ActorPool.start
+
+    def start_stopped(actors):
+        actors.shared.stop.fill_(True)
+        start(actors)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(a3c_atari.ActorPool, "start", start_stopped)
+    monkeypatch.setattr(a3c_atari, "catch_stop_signals", lambda: [(0.0, signal.SIGINT)])
+    with pytest.raises(SystemExit, match="130"):
+        a3c_atari.train(a3c_atari.parse_args(small(a3c_atari)), Catch)
+    run_dir = only_run(tmp_path)
+    assert torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"] == 0
+    assert not list(run_dir.glob("events*"))
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -102,6 +103,20 @@ def test_a_signal_stops_all_runs_with_checkpoints(tmp_path):
     wait_for(lambda: not family & parents().keys(), 10)  # the runs' fork servers end after them
     run_dirs = list(tmp_path.glob("runs/*"))
     assert len(run_dirs) == 2 and all(load(run_dir)["global_step"] > 0 for run_dir in run_dirs)
+
+
+def test_a_run_that_fails_while_it_stops_says_why(tmp_path, monkeypatch):
+    """Its time is over, and the disk is full: not tried again, but its last words are kept."""
+    import benchmark
+
+    (run,) = benchmark.plan(benchmark.Args())
+    process = subprocess.Popen
+    fails = "trap 'echo no space left; exit 1' INT; while :; do sleep 0.1; done"
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda _, **options: process(["bash", "-c", fails], **options)
+    )
+    benchmark.train(run, benchmark.Args(hours=0.0, out=str(tmp_path)), threading.Event())
+    assert run.error == "exit code 1: no space left"
 
 
 @pytest.mark.slow

@@ -370,6 +370,15 @@ def test_more_games_make_larger_steps(script, learning_rate):
     assert Args(num_envs=128, learning_rate=0.1).learning_rate == 0.1
 
 
+@pytest.mark.parametrize("script", ["paac", "paac_atari"])
+def test_recorded_passes_do_not_share_an_input(script, monkeypatch):
+    """A layer that takes float32 observations as they are keeps the input itself for backward."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda agents, inputs: inputs)
+    agent, obs = torch.nn.Identity(), torch.zeros(2, 4, device="meta")  # anything but the CPU
+    passes = importlib.import_module(script).repeat_agent(agent, 3, obs)
+    assert len({id(obs) for (obs,) in passes}) == 3
+
+
 @pytest.mark.parametrize(
     "num_envs, betas",
     [(8, (0.9, 0.999)), (32, (0.9, 0.999)), (128, (0.6, 0.996)), (1000, (0.0, 0.96875))],

@@ -370,6 +370,25 @@ def test_nohup_survives_its_terminal(script, tmp_path):
     assert load(only_run(tmp_path))["global_step"] in reached(script, 4000)
 
 
+@pytest.mark.parametrize("script", ["paac_atari"], indirect=True)
+def test_suspended_run_goes_on(start):
+    """Ctrl-Z and, after more than --step-timeout, fg: no worker counts as lost."""
+    r = start("--step-timeout", "2")
+    r.wait_for_output(" steps/s")
+    for pid in workers(r.pid):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(0.5)  # the learner waits for their answers now
+    os.kill(r.pid, signal.SIGSTOP)
+    time.sleep(3)
+    points = r.log.read_text().count(" steps/s")
+    for pid in (r.pid, *workers(r.pid)):
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: r.log.read_text().count(" steps/s") > points)
+    os.kill(r.pid, signal.SIGINT)
+    assert r.wait() == 128 + signal.SIGINT
+    assert "lost" not in r.log.read_text() and "restart" not in r.log.read_text()
+
+
 @pytest.mark.parametrize("script", each(SCRIPTS), indirect=True)
 def test_signal_while_the_workers_start_is_not_lost(script, tmp_path, monkeypatch):
     start = multiprocessing.forkserver.ensure_running

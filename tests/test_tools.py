@@ -264,6 +264,16 @@ def test_hours_leave_out_what_an_exported_agent_had_played(tmp_path):
     np.testing.assert_allclose(3600 * x["hours"], [10, 20, 30])
 
 
+def test_a_point_after_no_step_takes_no_time(tmp_path):
+    """As A3C logged it when it was stopped before its first update."""
+    with SummaryWriter("runs") as writer:
+        for step, speed in ((0, 0.0), (1000, 100.0), (2000, 100.0)):
+            writer.add_scalar("charts/SPS", speed, step)
+            writer.add_scalar(plot.Args([]).tag, 1.0, step)
+    x, _ = plot.read_run("runs", plot.Args([]).tag, 1)
+    np.testing.assert_allclose(3600 * x["hours"], [0, 10, 20])
+
+
 def test_names_come_from_the_run_not_from_its_folder(tmp_path):
     one = make_run("a folder", [10, 20], [1, 2], seed=7, exp_name="x__y", env_id="ALE/Pong-v5")
     assert {row[:3] for row in plotted(one)} == {("ALE/Pong-v5", "x__y", "7")}

@@ -207,7 +207,7 @@ def train(run, args, stopping):
             say(f"done:  {run.name}")
             return
         run.error = "not finished"
-        if not told:
+        if not was_stopped:
             last_words = " ".join(output.split("\n")[-3:]).strip()[-300:]
             run.error = f"exit code {process.returncode}: {last_words}"
         say(f"ended: {run.name}: {run.error}")
