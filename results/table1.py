@@ -57,7 +57,8 @@ How each column was measured, as far as its source says:
 | GA3C | | |
 | Gorila | games of the trained network | up to 30 no-ops |
 
-(1) A lost life cuts its step of four frames short, as in training.
+(1) A lost life cuts its step of four frames short, as in training. +- is the standard error of the
+mean: over seeds, or over games where that is larger.
 (2) Its code leaves open whether a score is that of a game or of a life.
 
 All train with clipped rewards. Lost lives end returns in training in ours, in both zoos, SLM-Lab
@@ -122,20 +123,30 @@ def bootstrap(scores, num_samples=10_000):
     return np.percentile(interquartile_mean(samples.reshape(num_samples, -1)), [2.5, 97.5])
 
 
-def show(value):
+def show(value, like=None):
+    """As text, with as many digits as `like` has."""
     if value is None:
         return ""
-    digits = 1 if abs(value) < 1000 else 0
+    digits = 0 if abs(value if like is None else like) >= 1000 else 1
     return f"{value:z,.{digits}f}"
+
+
+def standard_error(means, errors):
+    """Of the mean over seeds: what their spread says or what their games do, whichever is larger,
+    because two or three seeds may be close to each other by chance. means, errors: of each seed."""
+    num_seeds = len(means)
+    of_games = np.linalg.norm(errors) / num_seeds
+    if num_seeds == 1:
+        return of_games
+    of_seeds = np.std(means, ddof=1) / num_seeds**0.5
+    return max(of_games, of_seeds)
 
 
 def describe(game, means, errors):
     """The cells of a row in front of the published scores. means, errors: of each seed."""
-    error = errors[0]  # of one seed's 30 games; of several seeds, their spread counts
-    if len(means) > 1:
-        error = np.std(means, ddof=1) / len(means) ** 0.5
-    normalised = evaluate.human_normalised(f"{game}{SUFFIX}", np.mean(means))
-    score = f"**{show(np.mean(means))}** +- {show(error)}"
+    mean = np.mean(means)
+    normalised = evaluate.human_normalised(f"{game}{SUFFIX}", mean)
+    score = f"**{show(mean)}** +- {show(standard_error(means, errors), mean)}"
     return [game, str(len(means)), score, f"{normalised:,.0f}"]
 
 

@@ -31,7 +31,7 @@ DISTINCT = ["paac_atari", "paac_atari_jax", "a3c_atari"]
 # The same holds for the JAX script in what handles signals, files and lost workers: what is long
 # and about those alone is tried with these.
 DISTINCT_PROCESSES = ["paac_atari", "a3c_atari"]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "utils")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "tests", "utils", "results")]
 
 
 def each(scripts):

@@ -8,6 +8,7 @@ import tomllib
 
 import evaluate
 import pytest
+import table1
 import tyro
 from conftest import ROOT
 from sync_shared import SCRIPTS
@@ -49,6 +50,22 @@ def test_the_readme_is_a_page():
     }
     assert "python -m pytest " in README
     assert sum(command.startswith("python paac_atari.py") for command in COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "results/table1.md"])
+def test_results_are_those_of_the_evaluations(page):
+    """The score of each game: all seeds that have been evaluated, and no other."""
+    pattern = r"^\| ([A-Z][\w .'*]+?)(?: \(\d\))? \| (.*)"
+    rows = {}
+    for name, row in re.findall(pattern, LINKING[page], re.MULTILINE):
+        rows.setdefault(re.sub(r"\W", "", name).lower(), row)
+    means, errors = table1.read_scores()
+    for game in table1.GAMES:
+        _, num_seeds, score, _ = table1.describe(game, means[game], errors[game])
+        row = rows[game.lower()].replace("±", "+-").replace("*", "")
+        assert score.replace("*", "") in row, game
+        if page != "README.md":
+            assert row.startswith(f"{num_seeds} |"), game
 
 
 @pytest.mark.parametrize("command", COMMANDS)
