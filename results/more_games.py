@@ -1,8 +1,8 @@
-"""Do more games in parallel cost data? Mnih et al. 2016 report that n-step methods need about as
+r"""Do more games in parallel cost data? Mnih et al. 2016 report that n-step methods need about as
 many steps with 16 actor-learners as with one, and that one-step methods need fewer. Here an update
 takes its batch from all games, so that more games mean larger and fewer updates.
 
-    python utils/benchmark.py --games Breakout --num-envs 4 32 --steps 1e6 --scripts \\
+    python utils/benchmark.py --games Breakout --num-envs 4 32 --steps 1e6 --scripts \
         paac_atari nstep_q_atari one_step_q_atari one_step_sarsa_atari
     python utils/plot.py runs/Breakout*_atari-{4,32}__1__* --csv results/more_games_breakout.csv
     python results/more_games.py    # one core; the same command goes on with what is missing

@@ -1,7 +1,7 @@
-"""The twelve games of the PAAC paper: paac_atari.py's default after 10M steps beside everything
+r"""The twelve games of the PAAC paper: paac_atari.py's default after 10M steps beside everything
 published. All of it, 17 hours of a core per seed:
 
-    python utils/benchmark.py --games Amidar BeamRider Boxing Breakout Centipede MsPacman \\
+    python utils/benchmark.py --games Amidar BeamRider Boxing Breakout Centipede MsPacman \
         NameThisGame Pong Qbert Seaquest SpaceInvaders UpNDown --seeds 1 2 3
     python results/table1.py runs/*NoFrameskip-v4__paac_atari__*
 
@@ -41,6 +41,12 @@ A2C = [name for name in COLUMNS if name.startswith("A2C") and name.endswith("10M
 CURVES = RESULTS / "table1_curves.csv"
 TAG = "charts/episodic_return"
 SMOOTH = 20  # points of a curve
+TITLE = """# Twelve games after 10M steps
+
+`paac_atari.py` with its default settings beside published scores. A2C and PPO without a source in
+brackets are those of the PPO paper (Schulman et al. 2017); SB2 and SB3 are stable-baselines.
+
+"""
 PROTOCOLS = """
 How each column was measured, as far as its source says:
 
@@ -171,8 +177,8 @@ def summarise(means, others):
     num_seeds = min(map(len, normalised))
     scores = np.array([seeds[:num_seeds] for seeds in normalised])  # (games, seeds)
     line = f"Games: {len(scores)} of {len(GAMES)}. Human-normalised: median {median:.0f} %, "
-    line += f"interquartile mean {interquartile_mean(scores.ravel()):.0f} % of {num_seeds} seed"
-    line += "s" if num_seeds > 1 else ""
+    line += f"interquartile mean {interquartile_mean(scores.ravel()):.0f} %, of the first "
+    line += "seed" if num_seeds == 1 else f"{num_seeds} seeds"
     if num_seeds > 1:
         low, high = bootstrap(scores)
         line += f" (95 % of a bootstrap over seeds: {low:.0f} to {high:.0f} %)"
@@ -189,10 +195,10 @@ def write_table(means, errors):
             scores = [show(others[game].get(column)) for column in PUBLISHED]
             rows.append([*describe(game, means[game], errors[game]), *scores])
     counts = [count_ahead(means, others, [column]) for column in COLUMNS]
-    rows.append(["ours is ahead, or level", "", "", "", "", "", *counts])
+    rows.append(["our mean is as high or higher", "", "", "", "", "", *counts])
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     text = f"{table}\n{summarise(means, others)}\n"
-    (RESULTS / "table1.md").write_text(text + PROTOCOLS)
+    (RESULTS / "table1.md").write_text(TITLE + text + PROTOCOLS)
     print(text, end="")
 
 
