@@ -123,11 +123,13 @@ def draw_catch(steps_axis, updates_axis, results):
             draw_line(steps_axis, num_envs, steps, script)
             draw_line(updates_axis, num_envs, steps / steps_per_update(script, num_envs), script)
     steps_axis.set_ylabel("agent steps until 0.8 on Catch")
+    steps_axis.set_ylim(8_000, 100_000)
     updates_axis.set_ylabel("updates until 0.8 on Catch")
     for axis in (steps_axis, updates_axis):
         axis.set(xscale="log", yscale="log", xlabel="games")
         axis.set_xticks(NUM_ENVS, NUM_ENVS)
         axis.minorticks_off()
+    steps_axis.set_yticks([10_000, 20_000, 50_000, 100_000], ["10k", "20k", "50k", "100k"])
 
 
 def draw_breakout(steps_axis, updates_axis):

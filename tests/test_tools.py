@@ -266,11 +266,11 @@ def test_hours_leave_out_what_an_exported_agent_had_played(tmp_path):
 
 def test_a_point_after_no_step_takes_no_time(tmp_path):
     """As A3C logged it when it was stopped before its first update."""
-    with SummaryWriter("runs") as writer:
+    with SummaryWriter("stopped") as writer:
         for step, speed in ((0, 0.0), (1000, 100.0), (2000, 100.0)):
             writer.add_scalar("charts/SPS", speed, step)
             writer.add_scalar(plot.Args([]).tag, 1.0, step)
-    x, _ = plot.read_run("runs", plot.Args([]).tag, 1)
+    x, _ = plot.read_run("stopped", plot.Args([]).tag, 1)
     np.testing.assert_allclose(3600 * x["hours"], [0, 10, 20])
 
 
