@@ -4,7 +4,8 @@ takes its batch from all games, so that more games mean larger and fewer updates
 
     python utils/benchmark.py --games Breakout --num-envs 4 32 --steps 1e6 --scripts \
         paac_atari nstep_q_atari one_step_q_atari one_step_sarsa_atari
-    python utils/plot.py runs/Breakout*_atari-{4,32}__1__* --csv results/more_games_breakout.csv
+    python utils/plot.py runs/Breakout*_atari-{4,32}__1__* --smooth 10 \
+        --csv results/more_games_breakout.csv
     python results/more_games.py    # one core; the same command goes on with what is missing
 
 The scripts play Catch (tests/games.py) with 1 to 32 games, all else the same, until the mean of the
