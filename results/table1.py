@@ -130,10 +130,12 @@ def bootstrap(scores, num_samples=10_000):
 
 
 def show(value, like=None):
-    """As text, with as many digits as `like` has."""
+    """As text. An error has as many decimals as its mean: show(error, like=mean)."""
     if value is None:
         return ""
-    digits = 0 if abs(value if like is None else like) >= 1000 else 1
+    if like is None:
+        like = value
+    digits = 1 if abs(like) < 1000 else 0
     return f"{value:z,.{digits}f}"
 
 
@@ -152,7 +154,7 @@ def describe(game, means, errors):
     """The cells of a row in front of the published scores. means, errors: of each seed."""
     mean = np.mean(means)
     normalised = evaluate.human_normalised(f"{game}{SUFFIX}", mean)
-    score = f"**{show(mean)}** +- {show(standard_error(means, errors), mean)}"
+    score = f"**{show(mean)}** +- {show(standard_error(means, errors), like=mean)}"
     return [game, str(len(means)), score, f"{normalised:,.0f}"]
 
 

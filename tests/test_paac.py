@@ -376,7 +376,7 @@ def test_recorded_passes_do_not_share_an_input(script, monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda agents, inputs: inputs)
     agent, obs = torch.nn.Identity(), torch.zeros(2, 4, device="meta")  # anything but the CPU
     passes = importlib.import_module(script).repeat_agent(agent, 3, obs)
-    assert len({id(obs) for (obs,) in passes}) == 3
+    assert len({id(inputs[0]) for inputs in passes}) == 3
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def read_run(run_dir, tag, smooth):
     if len(intervals) > 1:
         # A run that was started from an exported agent has not played that agent's steps.
         intervals[0] = min(intervals[0], max(intervals[1:]))
-    # A3C, stopped before its first update, logs a point after no step and with no speed.
+    # When A3C is stopped, its last point may come after no step, with a speed of 0.
     seconds = np.divide(intervals, speed, out=np.zeros_like(intervals), where=intervals > 0)
     hours = np.cumsum(seconds) / 3600
     x = {"steps": steps, "frames": 4 * steps, "hours": np.interp(steps, logged, hours)}
