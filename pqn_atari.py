@@ -77,7 +77,7 @@ class Args:  # the comments are the texts of --help
     init: Literal["orthogonal", "uniform"] = "orthogonal"  # uniform: +-1/sqrt(fan_in); paper: He's
     subtract_mean_screen: bool = True  # a running mean of the screens; not in the paper
     layer_norm: bool = True  # LayerNorm before the last hidden layer's ReLU; the paper: all layers
-    bf16: bool = False  # bfloat16: faster on GPUs, and on CPUs with AVX512_BF16 or AMX
+    bf16: bool = False  # bfloat16: faster on CPUs with AVX512_BF16 or AMX
 
     def __post_init__(self):
         if self.learning_rate is None:

@@ -195,6 +195,28 @@ if __name__ == "__main__":
     )
 
 
+@pytest.mark.slow
+def test_ranks_with_and_without_a_gpu_do_not_start(tmp_path):
+    """They would wait for each other for ever. Rank 0 takes a CPU for a GPU here."""
+    main = tmp_path / "main.py"
+    main.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import paac_atari_multigpu as script
+if os.environ["RANK"] == "0":
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.set_device = lambda device: None
+    init_process_group = script.dist.init_process_group
+    script.dist.init_process_group = lambda backend, **kwargs: init_process_group("gloo", **kwargs)
+if __name__ == "__main__":
+    script.train(script.parse_args(), script.make_env)
+""")
+    result = run(torchrun(2, "--", script=main), tmp_path)
+    assert result.returncode != 0 and "some ranks have a GPU" in result.stderr, result.stderr
+
+
 def test_without_torchrun_one_line_says_how(tmp_path):
     result = run(command(paac_atari_multigpu, *FLAGS), tmp_path)
     assert (

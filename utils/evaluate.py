@@ -117,7 +117,8 @@ def make_jax_network(checkpoint, script, game, device):
     network = (args.arch, args.init, args.bf16, args.layer_norm)
     agent = script.Agent(game.action_space.n, *network)
     forward = jax.jit(agent.apply)
-    return lambda obs: [torch.tensor(np.asarray(x)) for x in forward(checkpoint["agent"], obs)]
+    params = jax.device_put(checkpoint["agent"])  # once: numpy arrays would be sent at every step
+    return lambda obs: [torch.tensor(np.asarray(x)) for x in forward(params, obs)]
 
 
 def make_act(script, network, greedy, epsilon):
